@@ -1,0 +1,1 @@
+"""Run a Llama on hardware you do not trust."""

@@ -1,0 +1,1 @@
+"""Multiplies matrices that it must not understand. Untrusted: nothing here can import a secret."""

@@ -1,0 +1,52 @@
+"""The interface of an accelerator: register public weights by hash, multiply blinded rows by one of them.
+
+Covers: the whole vocabulary between the enclave and an accelerator. Does not cover: trust. Whatever implements this
+may be malicious: it may read, keep and answer anything. The enclave checks every product (`enclave.outsource`).
+"""
+
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Int32
+
+from cloister.wire.messages import Blinded, PublicWeight
+
+
+class Accelerator(Protocol):
+    """Something that multiplies blinded rows by public weights. One request at a time."""
+
+    @property
+    def name(self) -> str:
+        """A short label for messages, e.g. `worker-0 (cpu: vnni)`."""
+        ...
+
+    def register(self, weight: PublicWeight) -> None:
+        """Makes `weight` available for products under its `weight_id`; registering twice is harmless.
+
+        Raises:
+            AcceleratorError: it cannot be reached, refuses, or runs out of memory.
+        """
+        ...
+
+    def stage(self, rows: int, d_in: int) -> Int32[np.ndarray, "rows d_in"]:
+        """Returns memory that the accelerator can read, to blind into. Valid until the next `multiply` returns.
+
+        Whatever is written there is *sent*: only finished blinded values may ever touch it.
+        """
+        ...
+
+    def multiply(self, weight_id: bytes, blinded: Blinded, timeout_seconds: float) -> Int32[np.ndarray, "rows d_out"]:
+        """Returns the *unverified* product of `blinded` and the weight, modulo P, centred.
+
+        The array may be memory that the accelerator can still write: copy it before checking it.
+
+        Raises:
+            AcceleratorTimeoutError: no answer within `timeout_seconds`.
+            AcceleratorLostError: the process or connection is gone.
+            AcceleratorProtocolError: the answer is not the answer to this request.
+        """
+        ...
+
+    def close(self) -> None:
+        """Frees what the accelerator holds; harmless when already closed."""
+        ...

@@ -1,0 +1,1 @@
+"""Plays the curious or cheating accelerator and scores what it learns."""

@@ -1,0 +1,1 @@
+"""Measures cost and fidelity: one JSON record per run."""

@@ -1,0 +1,1 @@
+"""Hides a row, checks a product, recovers the answer: the blinded linear."""

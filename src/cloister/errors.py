@@ -1,0 +1,113 @@
+"""The one exception tree of Cloister.
+
+```
+CloisterError                      everything this package raises on purpose
+├── SettingsError                  a setting is unknown, contradictory or out of range
+├── ModelError                     a model directory cannot be used
+│   ├── CheckpointError            a weight file is missing, truncated, hostile or of the wrong shape
+│   ├── UnsupportedModelError      an architecture or option that is not implemented
+│   └── TokenizerError             a tokenizer or chat template is absent or unusable
+├── BlindingError                  the protocol of the blinded linear was about to be broken
+│   ├── PadReuseError              a one-time pad was used twice
+│   ├── PantryEmptyError           no pad is left and the policy forbids waiting
+│   └── NonFiniteError             a row holds NaN or infinity and cannot be quantised
+├── AcceleratorError               an accelerator did not do its work
+│   ├── AcceleratorTimeoutError    no answer within the set time
+│   ├── AcceleratorLostError       the process died or the connection was cut
+│   ├── AcceleratorProtocolError   an answer was malformed, short, repeated, late or for another request
+│   └── VerificationError          an answer was wrong: the Freivalds check refused it
+├── WireError                      bytes from a peer do not decode within their limits
+└── GenerationError                a request cannot be generated
+    ├── RequestError               the request itself is invalid (too long, bad sampling parameter)
+    └── GenerationCancelled        the caller asked to stop
+```
+
+Every error carries `remedy`: one sentence that says what to do. A remote party sees one uniform failure; detail stays
+in the local log, and never holds prompt or activation contents.
+"""
+
+from __future__ import annotations
+
+
+class CloisterError(Exception):
+    """The root of everything this package raises on purpose."""
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.remedy}".strip()
+
+
+class SettingsError(CloisterError):
+    """A setting is unknown, contradictory or out of range."""
+
+
+class ModelError(CloisterError):
+    """A model directory cannot be used."""
+
+
+class CheckpointError(ModelError):
+    """A weight file is missing, truncated, hostile or of the wrong shape."""
+
+
+class UnsupportedModelError(ModelError):
+    """An architecture or option that is not implemented."""
+
+
+class TokenizerError(ModelError):
+    """A tokenizer or chat template is absent or unusable."""
+
+
+class BlindingError(CloisterError):
+    """The protocol of the blinded linear was about to be broken."""
+
+
+class PadReuseError(BlindingError):
+    """A one-time pad was used twice."""
+
+
+class PantryEmptyError(BlindingError):
+    """No pad is left and the policy forbids waiting."""
+
+
+class NonFiniteError(BlindingError):
+    """A row holds NaN or infinity and cannot be quantised."""
+
+
+class AcceleratorError(CloisterError):
+    """An accelerator did not do its work."""
+
+
+class AcceleratorTimeoutError(AcceleratorError):
+    """No answer within the set time."""
+
+
+class AcceleratorLostError(AcceleratorError):
+    """The process died or the connection was cut."""
+
+
+class AcceleratorProtocolError(AcceleratorError):
+    """An answer was malformed, short, repeated, late or for another request."""
+
+
+class VerificationError(AcceleratorError):
+    """An answer was wrong: the Freivalds check refused it."""
+
+
+class WireError(CloisterError):
+    """Bytes from a peer do not decode within their limits."""
+
+
+class GenerationError(CloisterError):
+    """A request cannot be generated."""
+
+
+class RequestError(GenerationError):
+    """The request itself is invalid."""
+
+
+class GenerationCancelled(GenerationError):
+    """The caller asked to stop."""

@@ -1,0 +1,28 @@
+"""Fixtures that every test may use: where the optional real models and data are, and small deterministic generators."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SHARED_ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A generator with a fixed seed, fresh for each test."""
+    return np.random.default_rng(20_240_607)
+
+
+@pytest.fixture(scope="session")
+def shared_assets() -> Path:
+    """The folder of real models and data beside the project, or a skip that says it is not there."""
+    if not SHARED_ASSETS.is_dir():
+        pytest.skip("the real models and data (shared/assets beside the project) are not on this machine")
+    return SHARED_ASSETS
+
+
+@pytest.fixture(scope="session")
+def tinystories_656k(shared_assets: Path) -> Path:
+    """A real trained Llama of 656,000 parameters."""
+    return shared_assets / "models" / "tinystories-656k-hf"
