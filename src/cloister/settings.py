@@ -77,7 +77,7 @@ class BlindingSettings:
     prefill: Prefill = Prefill.AUTO
     """Where the prompt's products run."""
     shape_hiding: int = 0
-    """Prefill rows are padded up to a multiple of this many tokens, so that the prompt length shows only as a bucket; 0: off."""
+    """Prefill rows are padded to a multiple of this many tokens, so that the accelerator sees only a bucket; 0: off."""
 
     def __post_init__(self) -> None:
         require(self.checks in (1, 2), "checks", self.checks, "1 or 2")
