@@ -2,19 +2,17 @@
 
 import inspect
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 from numba import njit
 
-Function = TypeVar("Function", bound=Callable[..., object])
 
-
-def compiled(function: Function) -> Function:
+def compiled(function: Callable[..., object]) -> Callable[..., Any]:
     """Returns `function` compiled on first call; the machine code is cached on disk and found by the next process.
 
     The compiled function releases the interpreter lock, keeps IEEE semantics (no fast-math: a reordered sum or a
     NaN assumed away would change answers) and raises what the Python function raises.
     """
     # The tests' shape checker wraps every function of the package; a kernel is compiled from what it wraps.
-    result: Function = njit(cache=True, nogil=True)(inspect.unwrap(function))
+    result: Callable[..., Any] = njit(cache=True, nogil=True)(inspect.unwrap(function))
     return result

@@ -1,0 +1,154 @@
+"""One-time pads: where they come from, how one hides a row, and how the answer is recovered.
+
+Covers: steps "pad", "blind", "verify" and "unblind" of the protocol's table for one product.
+Guarantees: what a `Pad` makes is uniform in the field and independent of what it hides, as strong as AES-256 in counter
+mode under a key from the operating system. A pad is spent before its first byte can be sent, and blinding with it again
+raises. A wrong answer raises and recovers nothing.
+Assumes: the enclave's memory is private, and the process is not forked (a fork would share the pad stream: refused).
+Edge cases: a zero row is blinded like any other; NaN or infinity is an error that names the layer.
+Does not cover: shapes and timing, which the accelerator sees.
+"""
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import CTR
+from jaxtyping import Float32, Float64, Int32, Int64
+
+from cloister.arith.modulus import HALF
+from cloister.blinding.kernels import OK, blind, field_elements, open_product
+from cloister.errors import BlindingError, NonFiniteError, PadReuseError, VerificationError
+from cloister.wire.messages import _MAKER, Blinded
+
+if TYPE_CHECKING:
+    from cloister.blinding.linear import LentLinear
+
+_NOT_AN_ELEMENT: Final = HALF + 1
+
+
+class PadSource:
+    """Uniform field elements from AES-256-CTR under a key of the operating system's randomness."""
+
+    def __init__(self, key: bytes | None = None) -> None:
+        """Draws a fresh key; `key` (32 bytes) is for tests that need the same stream twice."""
+        self._stream = Cipher(AES(key or os.urandom(32)), CTR(bytes(16))).encryptor()
+        self._owner = os.getpid()
+
+    def elements(self, rows: int, columns: int) -> Int32[np.ndarray, "rows columns"]:
+        """Returns fresh uniform centred elements, by rejection: 31 random bits, redrawn when they equal P."""
+        if os.getpid() != self._owner:
+            raise BlindingError(
+                "This process was forked from the one that owns the pad stream.",
+                remedy="Start a new process instead: two processes must never share pads.",
+            )
+        words = self._words(rows * columns)
+        if field_elements(words):
+            words = self._redraw(words)
+        return words.view(np.int32).reshape(rows, columns)
+
+    def _words(self, count: int) -> np.ndarray:
+        words = np.zeros(count, np.uint32)
+        view = words.data.cast("B")
+        self._stream.update_into(bytes(4 * count), view)
+        return words
+
+    def _redraw(self, words: np.ndarray) -> np.ndarray:
+        for index in np.flatnonzero(words == _NOT_AN_ELEMENT):
+            fresh = self._words(1)
+            while field_elements(fresh):
+                fresh = self._words(1)
+            words[index] = fresh[0]
+        return words
+
+
+class Pad:
+    """A one-time pad for some rows of one linear: `r`, uniform, and `u = r W`. Use it once."""
+
+    __slots__ = ("_linear", "_r", "_spent", "_u")
+
+    def __init__(
+        self,
+        linear: "LentLinear",
+        r: Int32[np.ndarray, "tokens d_in"],
+        u: Int32[np.ndarray, "tokens outputs"],
+    ) -> None:
+        self._linear = linear
+        self._r = r
+        self._u = u
+        self._spent = False
+
+    def __repr__(self) -> str:
+        return f"Pad({self._linear.name}, {'spent' if self._spent else 'unused'})"
+
+    def blind(self, x: Float32[np.ndarray, "tokens d_in"]) -> "tuple[Blinded, Opening]":
+        """Returns the blinded rows of `x` and what recovers their product; the pad is spent, whatever happens next.
+
+        Raises:
+            PadReuseError: this pad was used before.
+            NonFiniteError: a row holds NaN or infinity.
+        """
+        if self._spent:
+            raise PadReuseError(
+                f"A pad of {self._linear.name} was about to be used twice.",
+                remedy="Draw a new pad for every attempt; a retry never reuses one.",
+            )
+        self._spent = True
+        linear, r = self._linear, self._r
+        if x.shape != r.shape:
+            raise BlindingError(f"A pad of {linear.name} is for rows of shape {r.shape}, not {x.shape}.")
+        tokens = x.shape[0]
+        rows = np.empty(r.shape, np.int32)
+        scales = np.empty(tokens, np.float64)
+        expected = np.empty((tokens, linear.check.right.shape[0]), np.int64)
+        bad = blind(x, linear.reach.value, r, linear.check.right, rows, scales, expected)
+        r.fill(0)  # nothing that can open recorded traffic outlives its use
+        if bad != OK:
+            raise non_finite(linear.name, bad)
+        return Blinded(rows, _MAKER), Opening(linear, self._u, scales, expected)
+
+
+@dataclass(slots=True)
+class Opening:
+    """What the enclave keeps of one lent product: enough to check the answer and take the pad off, once."""
+
+    linear: "LentLinear" = field(repr=False)
+    _u: Int32[np.ndarray, "tokens outputs"] | None = field(repr=False)
+    _scales: Float64[np.ndarray, " tokens"] = field(repr=False)
+    _expected: Int64[np.ndarray, "tokens checks"] = field(repr=False)
+
+    def recover(
+        self, unverified: Int32[np.ndarray, "tokens outputs"], out: Float32[np.ndarray, "tokens d_out"]
+    ) -> None:
+        """Fills `out` with the float product if `unverified` (a private copy of the answer) is right.
+
+        Raises:
+            VerificationError: the answer is wrong or not canonical; `out` is all zeros.
+            PadReuseError: this opening was used before.
+        """
+        linear, u = self.linear, self._u
+        if u is None:
+            raise PadReuseError(f"A product of {linear.name} was about to be opened twice.")
+        self._u = None
+        if unverified.shape != u.shape or unverified.dtype != np.int32:
+            raise VerificationError(f"An answer for {linear.name} has shape {unverified.shape}, not {u.shape}.")
+        bad = open_product(
+            unverified, u, linear.check.left, self._expected, self._scales, linear.scales, linear.bias, out
+        )
+        u.fill(0)
+        if bad != OK:
+            raise VerificationError(
+                f"The accelerator's product for {linear.name} is wrong (row {bad}): the check refused it.",
+                remedy="It is quarantined: it is faulty or it cheats.",
+            )
+
+
+def non_finite(name: str, row: int) -> NonFiniteError:
+    """Returns the error for a row that cannot be quantised, naming the layer."""
+    return NonFiniteError(
+        f"Row {row} of the input of {name} holds NaN or infinity.",
+        remedy="The checkpoint is damaged or the activations overflowed: check it with the float32 model.",
+    )

@@ -1,0 +1,194 @@
+"""The gate: the one place where work leaves the enclave for an accelerator, and where answers come back.
+
+Covers: every linear layer of the model, one product at a time: take a pad, blind, lend, check, recover; what happens
+when the pantry is empty and when an accelerator fails.
+Guarantees: only `Blinded` rows and public weights reach an accelerator. Every attempt uses a fresh pad. An answer is
+copied into the enclave before it is checked, and nothing computed from it is used unless the check passed. After its
+first failure an accelerator is quarantined: it gets no more work. The numbers are the same, bit for bit, whichever
+accelerator or the enclave computed them.
+Does not cover: shapes and timing, which the accelerator sees; attention, norms and sampling, which never leave.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from jaxtyping import Float32
+
+from cloister.accelerator.api import Accelerator
+from cloister.arith.team import Team
+from cloister.blinding.linear import LentLinear
+from cloister.blinding.mill import Mill
+from cloister.blinding.pads import Pad
+from cloister.blinding.pantry import Pantry
+from cloister.errors import AcceleratorError, PantryEmptyError
+from cloister.settings import OnFailure, Placement, Prefill, Settings, WhenEmpty
+from cloister.wire.messages import check_product
+
+
+class Fault(StrEnum):
+    """Where the work went after an accelerator failed."""
+
+    NEXT = "retried under fresh pads on another accelerator"
+    ENCLAVE = "computed in the enclave"
+    STOPPED = "stopped the session"
+
+
+@dataclass(frozen=True)
+class Incident:
+    """One failure of an accelerator, for the user and the log: which, on what layer, why, and what was done."""
+
+    accelerator: str
+    linear: str
+    reason: str
+    outcome: Fault
+
+
+@dataclass
+class GateCounters:
+    """What the gate did since it was opened. Times are wall-clock seconds on the engine's thread."""
+
+    products: int = 0
+    rows: int = 0
+    enclave_products: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    pads_made_late: int = 0
+    blind_seconds: float = 0.0
+    lent_seconds: float = 0.0
+    recover_seconds: float = 0.0
+    enclave_seconds: float = 0.0
+    incidents: list[Incident] = field(default_factory=list)
+
+
+class Gate:
+    """Computes linear layers, on an accelerator under pads where it may, in the enclave where it must."""
+
+    def __init__(
+        self,
+        linears: Sequence[LentLinear],
+        accelerators: Sequence[Accelerator],
+        pantry: Pantry,
+        settings: Settings,
+        *,
+        mill: Mill | None = None,
+        team: Team | None = None,
+        on_incident: Callable[[Incident], None] | None = None,
+    ) -> None:
+        self.linears = tuple(linears)
+        self.counters = GateCounters()
+        self._healthy = list(accelerators)
+        self._pantry = pantry
+        self._mill = mill
+        self._settings = settings
+        self._team = team
+        self._on_incident = on_incident
+        self._lend = settings.blinding.placement is Placement.BLINDED and bool(self._healthy)
+
+    @property
+    def accelerators(self) -> tuple[str, ...]:
+        """Names of the accelerators that are still trusted with work, in order of use."""
+        return tuple(accelerator.name for accelerator in self._healthy)
+
+    def lends(self, tokens: int) -> bool:
+        """Whether a pass over `tokens` rows would be lent now, or computed in the enclave (prefill setting)."""
+        if not (self._lend and self._healthy):
+            return False
+        prefill = self._settings.blinding.prefill
+        if tokens == 1 or prefill is Prefill.BLINDED:
+            return True
+        return prefill is Prefill.AUTO and self._pantry.level_tokens >= tokens
+
+    def linear(
+        self,
+        index: int,
+        x: Float32[np.ndarray, "tokens d_in"],
+        out: Float32[np.ndarray, "tokens d_out"],
+        lend: bool = True,
+    ) -> None:
+        """Fills `out` with linear `index` of `x`: lent, checked and recovered if `lend`, else computed here.
+
+        Raises:
+            AcceleratorError: the accelerator failed and the settings say to stop.
+            NonFiniteError: `x` holds NaN or infinity.
+            PantryEmptyError: waiting for pads took longer than the accelerator's timeout.
+        """
+        while lend and self._healthy:
+            pad = self._pad(index, x.shape[0])
+            if pad is None:
+                break
+            accelerator = self._healthy[0]
+            try:
+                self._lent(accelerator, index, pad, x, out)
+            except AcceleratorError as error:
+                self._quarantine(accelerator, index, error)
+            else:
+                return
+        self._computed_here(index, x, out)
+
+    def _lent(
+        self,
+        accelerator: Accelerator,
+        index: int,
+        pad: Pad,
+        x: Float32[np.ndarray, "tokens d_in"],
+        out: Float32[np.ndarray, "tokens d_out"],
+    ) -> None:
+        linear, counters = self.linears[index], self.counters
+        started = time.perf_counter()
+        blinded, opening = pad.blind(x)
+        blind_done = time.perf_counter()
+        counters.blind_seconds += blind_done - started
+        try:
+            answer = accelerator.multiply(linear.weight.weight_id, blinded, self._settings.accelerator.timeout_seconds)
+        finally:
+            answered = time.perf_counter()
+            counters.lent_seconds += answered - blind_done
+            counters.bytes_sent += blinded.rows.nbytes
+        check_product(answer, x.shape[0], linear.weight.shape[0])
+        private = answer.copy()  # the accelerator can still write `answer`
+        opening.recover(private, out)
+        counters.recover_seconds += time.perf_counter() - answered
+        counters.bytes_received += private.nbytes
+        counters.products += 1
+        counters.rows += x.shape[0]
+
+    def _computed_here(
+        self, index: int, x: Float32[np.ndarray, "tokens d_in"], out: Float32[np.ndarray, "tokens d_out"]
+    ) -> None:
+        started = time.perf_counter()
+        self.linears[index].compute(x, out, self._team)
+        self.counters.enclave_seconds += time.perf_counter() - started
+        self.counters.enclave_products += 1
+
+    def _pad(self, index: int, tokens: int) -> Pad | None:
+        """Returns a pad, by the policy for an empty pantry; None means: compute this product in the enclave."""
+        try:
+            return self._pantry.take(index, tokens)
+        except PantryEmptyError:
+            policy = self._settings.blinding.when_empty
+            fits = tokens <= self._pantry.capacity_tokens
+            if policy is WhenEmpty.WAIT and self._mill is not None and fits:
+                self._mill.wait_for(index, tokens, self._settings.accelerator.timeout_seconds)
+                return self._pantry.take(index, tokens)
+            if policy is WhenEmpty.ENCLAVE:
+                return None
+            self.counters.pads_made_late += tokens
+            return self._pantry.make(index, tokens)
+
+    def _quarantine(self, accelerator: Accelerator, index: int, error: AcceleratorError) -> None:
+        self._healthy.remove(accelerator)
+        on_failure = self._settings.accelerator.on_failure
+        if on_failure is OnFailure.ENCLAVE:
+            self._healthy.clear()
+        stopped = on_failure is OnFailure.STOP
+        outcome = Fault.STOPPED if stopped else Fault.NEXT if self._healthy else Fault.ENCLAVE
+        incident = Incident(accelerator.name, self.linears[index].name, error.message, outcome)
+        self.counters.incidents.append(incident)
+        if self._on_incident is not None:
+            self._on_incident(incident)
+        accelerator.close()
+        if stopped:
+            raise error
