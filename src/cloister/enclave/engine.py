@@ -1,0 +1,207 @@
+"""The engine: a prompt goes in, checked tokens come out, one sequence at a time.
+
+Covers: tokenising, prefill in pieces, decoding, sampling, streaming text, stop conditions, reuse of the KV cache between
+the turns of a chat.
+Guarantees: every product behind a token was computed here or checked before the next layer used it, so no token, text or
+log-probability that left depends on an unverified answer. A cancelled or failed request keeps the engine usable.
+Does not cover: which process this is (`local.enclave_process`) or who asks (`enclave.session`).
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from cloister.blinding.mill import Mill
+from cloister.blinding.pantry import Pantry
+from cloister.enclave.detokenise import StreamDecoder
+from cloister.enclave.forward import Forward
+from cloister.enclave.outsource import Gate
+from cloister.enclave.sampling import Sampled, Sampler, SamplingSettings
+from cloister.enclave.stopping import StopDetector
+from cloister.errors import GenerationCancelled, RequestError
+from cloister.model.generation_config import GenerationDefaults
+from cloister.model.tokenizer import Tokenizer
+from cloister.settings import Settings
+from cloister.wire.session import Delta, Finished, Generate, Meter, Sampling
+
+DEFAULT_NEW_TOKENS: Final = 512
+"""Longest answer when neither the request nor the model says."""
+
+PREFILL_TOKENS: Final = 256
+"""Tokens of the prompt per pass: bounds the memory of a pass, and the time until a cancel is seen."""
+
+
+class Engine:
+    """Generates text with one model."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        gate: Gate,
+        pantry: Pantry,
+        tokenizer: Tokenizer,
+        defaults: GenerationDefaults,
+        settings: Settings,
+        *,
+        mill: Mill | None = None,
+    ) -> None:
+        self._forward = forward
+        self._gate = gate
+        self._pantry = pantry
+        self._tokenizer = tokenizer
+        self._defaults = defaults
+        self._settings = settings
+        self._mill = mill
+        self._cached: list[int] = []  # tokens whose keys and values are in the cache
+
+    def generate(
+        self, request: Generate, check_cancelled: Callable[[], None], finish: Callable[[Finished], None]
+    ) -> Iterator[Delta]:
+        """Yields pieces of the answer; calls `finish` once at its end, however it ends.
+
+        `check_cancelled` is called before each pass and raises `GenerationCancelled` to stop.
+
+        Raises:
+            RequestError: the request is invalid, or longer than the context.
+            AcceleratorError: the accelerators failed and the settings say to stop.
+        """
+        tokens = self._encode(request)
+        settings = self._sampling(request.sampling, len(tokens))
+        run = _Run(self, tokens, settings, check_cancelled)
+        if self._mill is None:
+            yield from run.deltas(finish)
+        else:
+            with self._mill.paused():
+                yield from run.deltas(finish)
+
+    def meter(self) -> Meter:
+        """Returns the running totals of the gate and the pantry."""
+        counters = self._gate.counters
+        return Meter(
+            products=counters.products,
+            enclave_products=counters.enclave_products,
+            rows=counters.rows,
+            bytes_sent=counters.bytes_sent,
+            bytes_received=counters.bytes_received,
+            pantry_tokens=self._pantry.level_tokens,
+            pantry_capacity_tokens=self._pantry.capacity_tokens,
+            pads_made_late=counters.pads_made_late,
+            blind_seconds=counters.blind_seconds,
+            lent_seconds=counters.lent_seconds,
+            recover_seconds=counters.recover_seconds,
+            enclave_seconds=counters.enclave_seconds,
+            cpu_seconds=time.process_time(),
+            accelerators=self._gate.accelerators,
+        )
+
+    def _encode(self, request: Generate) -> list[int]:
+        if (request.prompt is None) == (request.chat is None):
+            raise RequestError("A request needs a prompt or a chat, not both.")
+        if request.prompt is not None:
+            tokens = self._tokenizer.encode(request.prompt)
+        else:
+            turns = [{"role": turn.role, "content": turn.content} for turn in request.chat or ()]
+            tokens = self._tokenizer.encode_chat(turns)
+        if not tokens:
+            raise RequestError("The prompt is empty.", remedy="Give at least one word.")
+        limit = self._forward.max_context
+        if len(tokens) >= limit:
+            raise RequestError(
+                f"The prompt has {len(tokens)} tokens and the context holds {limit}.",
+                remedy="Shorten the prompt or raise cache.max_context.",
+            )
+        return tokens
+
+    def _sampling(self, asked: Sampling, prompt_tokens: int) -> SamplingSettings:
+        """Returns the request's choices, completed by the model's defaults and bounded by the context."""
+        defaults = self._defaults
+        room = self._forward.max_context - prompt_tokens
+        wanted = asked.max_new_tokens or defaults.max_new_tokens or DEFAULT_NEW_TOKENS
+        base = SamplingSettings()
+        return SamplingSettings(
+            max_new_tokens=min(wanted, room),
+            temperature=_first(asked.temperature, defaults.temperature, base.temperature),
+            top_k=_first(asked.top_k, defaults.top_k, base.top_k),
+            top_p=_first(asked.top_p, defaults.top_p, base.top_p),
+            min_p=_first(asked.min_p, defaults.min_p, base.min_p),
+            repetition_penalty=_first(
+                asked.repetition_penalty, defaults.repetition_penalty, base.repetition_penalty
+            ),
+            frequency_penalty=_first(asked.frequency_penalty, None, base.frequency_penalty),
+            presence_penalty=_first(asked.presence_penalty, None, base.presence_penalty),
+            seed=asked.seed,
+            stop=asked.stop,
+            stop_token_ids=asked.stop_token_ids,
+            logit_bias=asked.logit_bias,
+            ignore_eos=asked.ignore_eos,
+            top_logprobs=asked.top_logprobs,
+        )
+
+    def _reuse(self, tokens: list[int]) -> int:
+        """Keeps what the cache shares with `tokens`; returns how many tokens that is (at least one is run again)."""
+        shared = 0
+        for old, new in zip(self._cached, tokens[:-1], strict=False):
+            if old != new:
+                break
+            shared += 1
+        self._forward.truncate(shared)
+        del self._cached[shared:]
+        return shared
+
+
+class _Run:
+    """One generation: its state, and the loop."""
+
+    def __init__(
+        self, engine: Engine, tokens: list[int], settings: SamplingSettings, check_cancelled: Callable[[], None]
+    ) -> None:
+        self._engine = engine
+        self._prompt = tokens
+        self._settings = settings
+        self._check_cancelled = check_cancelled
+        self._history = list(tokens)
+        self._decoder = StreamDecoder(engine._tokenizer.decode)
+        self._stops = StopDetector(settings.stop)
+        self._ends = set(settings.stop_token_ids)
+        if not settings.ignore_eos:
+            self._ends |= set(engine._tokenizer.eos_ids)
+        self._produced = 0
+        self._reason = "length"
+
+    def deltas(self, finish: Callable[[Finished], None]) -> Iterator[Delta]:
+        engine = self._engine
+        reused = engine._reuse(self._prompt)
+        started = time.perf_counter()
+        prefilled = started
+        try:
+            logits = self._prefill(self._prompt[reused:])
+            prefilled = time.perf_counter()
+            sampler = Sampler(self._settings, engine._forward.vocab_size)
+            while True:
+                sampled = sampler.sample(logits, self._history)
+                self._history.append(sampled.token)
+                self._produced += 1
+                if sampled.token in self._ends:
+                    self._reason = "stop"
+                    break
+                delta, stopped = self._delta(sampled)
+                yield delta
+                if stopped:
+                    self._reason = "stop"
+                    break
+                if self._produced >= self._settings.max_new_tokens:
+                    break
+                self._check_cancelled()
+                logits = self._pass([sampled.token])
+        except GenerationCancelled:
+            self._reason = "cancelled"
+        if self._reason != "stop" and (rest := self._rest()):
+            yield Delta(rest)
+        finish(self._finished(reused, prefilled - started, time.perf_counter() - prefilled))
+
+    def _prefill(self, tokens: list[int]) -> "object":
+        logits: object = None
+        for start in range(0, len(tokens), PREFILL_TOKENS):
+            self._check_cancelled()
+            logits = self._pass(tokens[start : start + PREFILL_TOKENS])
+        return logits

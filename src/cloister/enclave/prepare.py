@@ -1,0 +1,197 @@
+"""Turns a model directory into what the enclave runs: quantised public linears, and the small float parts.
+
+Covers: quantising every large weight, one slice of rows at a time, straight into the memory that is shared with workers
+of this host (sealed against writing by anyone); drawing the check keys; keeping embeddings, norms and biases here.
+Guarantees: beyond the quantised model, peak memory grows only by one slice: source pages are released as they are used.
+Does not cover: private weights. Here the whole base checkpoint is public, by the operator's declaration.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from jaxtyping import Float32
+
+from cloister.arith.team import Team
+from cloister.blinding.checks import CheckKey
+from cloister.blinding.linear import LentLinear
+from cloister.blinding.pads import PadSource
+from cloister.blinding.quantize import Reach, quantize_rows
+from cloister.errors import CheckpointError
+from cloister.model.checkpoint import Checkpoint
+from cloister.model.spec import ModelSpec
+from cloister.settings import BlindingSettings, Weights
+from cloister.wire.messages import PublicWeight, weight_hash
+from cloister.wire.sealed_memory import SealedMatrix
+
+SLICE_BYTES: Final = 32 * 2**20
+"""Float32 bytes of a weight that are in memory at once while it is quantised."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, bytes done, bytes in all)."""
+
+LINEARS_PER_LAYER: Final = 4
+"""Products per decoder block: fused QKV, output projection, fused gate and up, down projection."""
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The small float parts of one decoder block."""
+
+    attention_norm: Float32[np.ndarray, " hidden"]
+    ffn_norm: Float32[np.ndarray, " hidden"]
+    query_norm: Float32[np.ndarray, " head_dim"]
+    """Empty where the family has no per-head norm."""
+    key_norm: Float32[np.ndarray, " head_dim"]
+
+
+@dataclass(frozen=True)
+class EnclaveModel:
+    """A model ready to run: linears in the order they are used (four a layer, the LM head last)."""
+
+    spec: ModelSpec
+    linears: tuple[LentLinear, ...]
+    layers: tuple[LayerWeights, ...]
+    final_norm: Float32[np.ndarray, " hidden"]
+    embedding: "Embedding"
+    quantized_bytes: int = field(default=0)
+
+
+class Embedding:
+    """The embedding table, kept in the enclave in the checkpoint's own precision."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._table = checkpoint.raw(name)
+        self.nbytes = self._table.nbytes
+
+    def rows(self, tokens: list[int]) -> Float32[np.ndarray, "tokens hidden"]:
+        """Returns the embeddings of `tokens`."""
+        picked = self._table[np.asarray(tokens, np.int64)]
+        if picked.dtype == np.uint16:  # bfloat16 bits
+            return (picked.astype(np.uint32) << 16).view(np.float32)
+        return picked.astype(np.float32)
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    settings: BlindingSettings,
+    source: PadSource,
+    *,
+    team: Team | None = None,
+    progress: Progress | None = None,
+) -> EnclaveModel:
+    """Returns the quantised model of a checked checkpoint.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite; the error names it.
+    """
+    builder = _Builder(checkpoint, spec, settings, source, team, progress)
+    linears = tuple(builder.linears())
+    layers = tuple(builder.layer(index) for index in range(spec.layers))
+    final_norm = checkpoint.tensor("model.norm.weight")
+    embedding = Embedding(checkpoint, "model.embed_tokens.weight")
+    checkpoint.release()
+    size = sum(linear.weight.matrix.nbytes for linear in linears) + embedding.nbytes
+    return EnclaveModel(spec, linears, layers, final_norm, embedding, size)
+
+
+class _Builder:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        settings: BlindingSettings,
+        source: PadSource,
+        team: Team | None,
+        progress: Progress | None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._spec = spec
+        self._settings = settings
+        self._planes = 2 if settings.weights is Weights.INT8X2 else 1
+        self._source = source
+        self._team = team
+        self._progress = progress
+        self._done = 0
+        self._total = sum(self._weights_in(parts) for _, parts in self._groups())
+
+    def linears(self) -> Iterator[LentLinear]:
+        for name, parts in self._groups():
+            yield self._linear(name, parts)
+
+    def layer(self, index: int) -> LayerWeights:
+        prefix = f"model.layers.{index}."
+        empty = np.empty(0, np.float32)
+        tensor = self._checkpoint.tensor
+        return LayerWeights(
+            attention_norm=tensor(f"{prefix}input_layernorm.weight"),
+            ffn_norm=tensor(f"{prefix}post_attention_layernorm.weight"),
+            query_norm=tensor(f"{prefix}self_attn.q_norm.weight") if self._spec.qk_norm else empty,
+            key_norm=tensor(f"{prefix}self_attn.k_norm.weight") if self._spec.qk_norm else empty,
+        )
+
+    def _groups(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Yields the name of each product and the tensors that it stacks: those that read the same input."""
+        for index in range(self._spec.layers):
+            attention, mlp = f"model.layers.{index}.self_attn.", f"model.layers.{index}.mlp."
+            yield f"layers.{index}.qkv", tuple(f"{attention}{part}_proj" for part in "qkv")
+            yield f"layers.{index}.o", (f"{attention}o_proj",)
+            yield f"layers.{index}.gate_up", (f"{mlp}gate_proj", f"{mlp}up_proj")
+            yield f"layers.{index}.down", (f"{mlp}down_proj",)
+        yield "lm_head", ("model.embed_tokens" if self._spec.tied_embeddings else "lm_head",)
+
+    def _weights_in(self, parts: tuple[str, ...]) -> int:
+        shapes = [self._checkpoint.shape(f"{part}.weight") for part in parts]
+        return sum(rows * columns for rows, columns in shapes)
+
+    def _linear(self, name: str, parts: tuple[str, ...]) -> LentLinear:
+        shapes = [self._checkpoint.shape(f"{part}.weight") for part in parts]
+        d_out, d_in = sum(shape[0] for shape in shapes), shapes[0][1]
+        memory = SealedMatrix.create((self._planes * d_out, d_in))
+        planes = memory.array.reshape(self._planes, d_out, d_in)
+        scales = np.empty((self._planes, d_out), np.float32)
+        norm = 0.0
+        first = 0
+        for part, shape in zip(parts, shapes, strict=True):
+            for start, stop in _slices(shape[0], d_in):
+                rows = slice(first + start, first + stop)
+                norm = max(norm, self._quantize(f"{part}.weight", start, stop, planes[:, rows], scales[:, rows]))
+                self._report((stop - start) * d_in)
+            first += shape[0]
+        memory.seal()
+        weight = PublicWeight(memory.array, weight_hash(memory.array), memory)
+        key = CheckKey.draw(weight, self._settings.checks, self._source, self._team)
+        return LentLinear(name, weight, scales, Reach.of(norm, d_in), key, self._bias(parts, shapes))
+
+    def _quantize(
+        self, name: str, start: int, stop: int, planes: np.ndarray, scales: np.ndarray
+    ) -> float:
+        try:
+            norm = quantize_rows(self._checkpoint.rows(name, start, stop), planes, scales)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error.message}", remedy=error.remedy) from error
+        self._checkpoint.release()
+        return norm
+
+    def _bias(self, parts: tuple[str, ...], shapes: list[tuple[int, ...]]) -> Float32[np.ndarray, " bias"]:
+        names = [f"{part}.bias" for part in parts]
+        if not any(name in self._checkpoint.names() for name in names):
+            return np.empty(0, np.float32)
+        pieces = [
+            self._checkpoint.tensor(name) if name in self._checkpoint.names() else np.zeros(shape[0], np.float32)
+            for name, shape in zip(names, shapes, strict=True)
+        ]
+        return np.concatenate(pieces)
+
+    def _report(self, weights: int) -> None:
+        self._done += weights
+        if self._progress is not None:
+            self._progress("quantising", self._done, self._total)
+
+
+def _slices(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    step = max(1, SLICE_BYTES // (4 * columns))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)

@@ -1,0 +1,275 @@
+"""The Python API: `cloister.load(directory)` starts an enclave process and returns a model to talk to.
+
+Covers: starting and stopping the enclave process, asking for text, streaming it, cancelling.
+Does not cover: protection of the prompt inside this process: whoever runs it sees the prompt, as any client does.
+The enclave process on a plain machine is a software stand-in: it is separate, but not protected from the host.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+import msgspec
+
+from cloister import errors
+from cloister.errors import CloisterError, EnclaveLostError, RequestError
+from cloister.settings import Settings
+from cloister.wire.session import (
+    AskSightings,
+    AskStatus,
+    Cancel,
+    Delta,
+    Event,
+    Failure,
+    Finished,
+    FromEnclave,
+    Generate,
+    Open,
+    Progress,
+    Ready,
+    Rehearsal,
+    Sampling,
+    SessionSocket,
+    Sightings,
+    StatusReport,
+    ToEnclave,
+    Turn,
+)
+
+Listener = Callable[[Progress | Event], None]
+"""Called with progress while loading, and with every failure of an accelerator."""
+
+KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "HOME", "TMPDIR", "NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS")
+"""Environment variables that the enclave process inherits; everything else stays outside."""
+
+
+class Reply:
+    """An answer being generated: iterate over it for pieces of text; afterwards `finished` holds the figures."""
+
+    def __init__(self, pieces: Iterator[Delta | Finished]) -> None:
+        self._pieces = pieces
+        self.finished: Finished | None = None
+        self.token_ids: list[int] = []
+        self._text: list[str] = []
+
+    def __iter__(self) -> Iterator[str]:
+        for delta in self.deltas():
+            if delta.text:
+                yield delta.text
+
+    def deltas(self) -> Iterator[Delta]:
+        """Yields the pieces with their token ids and log-probabilities."""
+        for piece in self._pieces:
+            if isinstance(piece, Finished):
+                self.finished = piece
+                return
+            self.token_ids.extend(piece.token_ids)
+            self._text.append(piece.text)
+            yield piece
+
+    @property
+    def text(self) -> str:
+        """The whole answer; generates what is still missing."""
+        for _ in self.deltas():
+            pass
+        return "".join(self._text)
+
+
+class LLM:
+    """A model that runs in an enclave process. Use it as a context manager, or call `close`."""
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        settings: Settings | None = None,
+        *,
+        rehearsal: Rehearsal | None = None,
+        listener: Listener | None = None,
+    ) -> None:
+        self._listener = listener
+        self._generating = False
+        self._log: IO[bytes] = tempfile.TemporaryFile()
+        ours, theirs = socket.socketpair()
+        self._session = SessionSocket(ours)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-m", "cloister.local.enclave_process", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                env={name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ},
+                start_new_session=True,  # Ctrl-C in the terminal stops the generation, not the enclave
+            )
+        try:
+            path = str(Path(directory).expanduser().resolve())
+            self._send(Open(path, _plain(settings or Settings()), rehearsal or Rehearsal()))
+            self.info = self._await_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def chat(self, messages: Sequence[Mapping[str, str]], **sampling: object) -> Reply:
+        """Returns the answer to a chat, as it is generated.
+
+        `messages` are dictionaries with `role` and `content`; `sampling` are the fields of `wire.session.Sampling`.
+
+        Raises:
+            RequestError: the request is invalid.
+            AcceleratorError: the accelerators failed and the settings say to stop.
+        """
+        turns = []
+        for message in messages:
+            if set(message) != {"role", "content"}:
+                raise RequestError(f"A message has the keys {sorted(message)}.", remedy="Give role and content.")
+            turns.append(Turn(message["role"], message["content"]))
+        return self._generate(Generate(_sampling(sampling), chat=tuple(turns)))
+
+    def generate(self, prompt: str, **sampling: object) -> Reply:
+        """Returns the continuation of `prompt`, as it is generated; arguments and errors as for `chat`."""
+        return self._generate(Generate(_sampling(sampling), prompt=prompt))
+
+    def cancel(self) -> None:
+        """Asks the enclave to stop the generation in hand; its reply then ends with the reason `cancelled`."""
+        self._send(Cancel())
+
+    def status(self) -> StatusReport:
+        """Returns the running totals: products, bytes crossed, pads stocked. Not during a generation."""
+        self._idle()
+        self._send(AskStatus())
+        while not isinstance(message := self._receive(), StatusReport):
+            self._note(message)
+        return message
+
+    def sightings(self) -> Sightings:
+        """Returns what the accelerator has seen (loaded with `Rehearsal(observe=True)`). Not during a generation."""
+        self._idle()
+        self._send(AskSightings())
+        while not isinstance(message := self._receive(), Sightings):
+            self._note(message)
+        return message
+
+    def close(self) -> None:
+        """Ends the enclave process and its workers; harmless when already closed."""
+        self._session.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _generate(self, request: Generate) -> Reply:
+        self._idle()
+        self._send(request)
+        self._generating = True
+        return Reply(self._pieces())
+
+    def _pieces(self) -> Iterator[Delta | Finished]:
+        try:
+            while True:
+                message = self._receive()
+                if isinstance(message, Delta):
+                    yield message
+                elif isinstance(message, Finished):
+                    self._generating = False
+                    yield message
+                    return
+                else:
+                    self._note(message)
+        finally:
+            if self._generating:  # the caller stopped listening: stop the work as well
+                self.cancel()
+                while self._generating:
+                    self._generating = not isinstance(self._receive(), Finished)
+
+    def _idle(self) -> None:
+        if self._generating:
+            raise RequestError("An answer is still being generated.", remedy="Read it to its end, or call cancel.")
+
+    def _await_ready(self) -> Ready:
+        while not isinstance(message := self._receive(), Ready):
+            self._note(message)
+        return message
+
+    def _note(self, message: FromEnclave) -> None:
+        if self._listener is not None and isinstance(message, Progress | Event):
+            self._listener(message)
+
+    def _send(self, message: ToEnclave) -> None:
+        try:
+            self._session.send(message)
+        except errors.WireError as error:
+            raise self._lost() if self._process.poll() is not None else error from error
+
+    def _receive(self) -> FromEnclave:
+        message = self._session.receive_from_enclave()
+        if message is None:
+            self._generating = False
+            raise self._lost()
+        if isinstance(message, Failure):
+            self._generating = False
+            raise _error(message)
+        return message
+
+    def _lost(self) -> EnclaveLostError:
+        try:
+            code: int | None = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            code = None
+        self._log.seek(0)
+        tail = self._log.read()[-4000:].decode("utf-8", "replace").strip()
+        last = tail.splitlines()[-1] if tail else "it wrote nothing"
+        return EnclaveLostError(
+            f"The enclave process ended (exit code {code}): {last}.",
+            remedy="If memory ran out, lower blinding.pantry_bytes or use a smaller model.",
+        )
+
+
+def load(
+    directory: str | os.PathLike[str],
+    settings: Settings | None = None,
+    *,
+    listener: Listener | None = None,
+) -> LLM:
+    """Returns the model in a Hugging Face directory, running in an enclave process with its accelerators.
+
+    Raises:
+        ModelError: the directory is not a usable model; the error names file and remedy.
+    """
+    return LLM(directory, settings, listener=listener)
+
+
+def _sampling(values: dict[str, object]) -> Sampling:
+    try:
+        return msgspec.convert(values, Sampling)
+    except msgspec.ValidationError as error:
+        known = ", ".join(Sampling.__struct_fields__)
+        raise RequestError(f"Invalid sampling argument: {error}.", remedy=f"Known: {known}.") from error
+
+
+def _plain(settings: Settings) -> dict[str, dict[str, object]]:
+    return {
+        concern: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        for concern, values in asdict(settings).items()
+    }
+
+
+def _error(failure: Failure) -> CloisterError:
+    kind = getattr(errors, failure.kind, CloisterError)
+    if not (isinstance(kind, type) and issubclass(kind, CloisterError)):
+        kind = CloisterError
+    return kind(failure.message, remedy=failure.remedy)
