@@ -120,12 +120,12 @@ def test_the_mill_fills_the_pantry_when_idle_and_for_a_waiter(linears: list[Lent
     pantry = Pantry(linears, 10**6, PadSource())
     mill = Mill(pantry, 100)
     try:
-        assert all(pantry.wait_for(index, 100, 30) for index in range(3))
+        assert all(pantry.wait_for(index, 100, 30.0) for index in range(3))
         with mill.paused():
             pantry.take(0, 100)
             assert not pantry.wait_for(0, 1, 0.3)  # still while the engine works
-            assert mill.wait_for(0, 50, 30)  # unless it waits for pads
-        assert pantry.wait_for(0, 100, 30)  # and again when idle
+            assert mill.wait_for(0, 50, 30.0)  # unless it waits for pads
+        assert pantry.wait_for(0, 100, 30.0)  # and again when idle
     finally:
         mill.close()
     assert not any(thread.name == "pad-mill" for thread in threading.enumerate())

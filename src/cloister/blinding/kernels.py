@@ -50,17 +50,17 @@ def sum_of_squares(row):  # type: ignore[no-untyped-def]
     a = b = c = d = e = f = g = h = 0.0
     whole = row.shape[0] - row.shape[0] % 8
     for k in range(0, whole, 8):
-        a += float(row[k]) * float(row[k])
-        b += float(row[k + 1]) * float(row[k + 1])
-        c += float(row[k + 2]) * float(row[k + 2])
-        d += float(row[k + 3]) * float(row[k + 3])
-        e += float(row[k + 4]) * float(row[k + 4])
-        f += float(row[k + 5]) * float(row[k + 5])
-        g += float(row[k + 6]) * float(row[k + 6])
-        h += float(row[k + 7]) * float(row[k + 7])
+        a += np.float64(row[k]) ** 2
+        b += np.float64(row[k + 1]) ** 2
+        c += np.float64(row[k + 2]) ** 2
+        d += np.float64(row[k + 3]) ** 2
+        e += np.float64(row[k + 4]) ** 2
+        f += np.float64(row[k + 5]) ** 2
+        g += np.float64(row[k + 6]) ** 2
+        h += np.float64(row[k + 7]) ** 2
     total = ((a + b) + (c + d)) + ((e + f) + (g + h))
     for k in range(whole, row.shape[0]):
-        total += float(row[k]) * float(row[k])
+        total += np.float64(row[k]) ** 2
     return total
 
 
@@ -81,7 +81,7 @@ def blind(x, reach, pad, check, out, scales, expected):  # type: ignore[no-untyp
         inverse = reach / norm if norm > 0.0 else 0.0
         scales[t] = norm / reach
         for k in range(d_in):
-            out[t, k] = centre_sum(np.int32(np.rint(float(x[t, k]) * inverse)), pad[t, k])
+            out[t, k] = centre_sum(np.int32(np.rint(np.float64(x[t, k]) * inverse)), pad[t, k])
     dots(out, check, expected)
     return OK
 
@@ -101,7 +101,7 @@ def quantize(x, reach, out, scales):  # type: ignore[no-untyped-def]
         inverse = reach / norm if norm > 0.0 else 0.0
         scales[t] = norm / reach
         for k in range(d_in):
-            out[t, k] = np.int32(np.rint(float(x[t, k]) * inverse))
+            out[t, k] = np.int32(np.rint(np.float64(x[t, k]) * inverse))
     return OK
 
 
