@@ -1,0 +1,41 @@
+"""A Hugging Face model directory, opened and checked."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cloister.errors import ModelError
+from cloister.model.checkpoint import Checkpoint, check_tensors
+from cloister.model.generation_config import GenerationDefaults, read_generation_defaults
+from cloister.model.spec import ModelSpec, read_spec
+from cloister.model.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ModelDirectory:
+    """Everything that a model directory holds."""
+
+    path: Path
+    spec: ModelSpec
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    defaults: GenerationDefaults
+
+
+def open_model(path: Path) -> ModelDirectory:
+    """Returns the model in `path`, its configuration, tensors and tokenizer checked against each other.
+
+    Raises:
+        ModelError: something is missing, damaged or not supported; the error names the file and the remedy.
+    """
+    if not path.is_dir():
+        raise ModelError(f"{path} is not a directory.", remedy="Give the folder of a Hugging Face model.")
+    if not (path / "config.json").exists():
+        raise ModelError(f"{path} has no config.json.", remedy="Give the folder of a Hugging Face model.")
+    spec = read_spec(path / "config.json")
+    tokenizer = Tokenizer.open(path)
+    defaults = read_generation_defaults(path / "generation_config.json")
+    checkpoint = Checkpoint.open(path)
+    if spec.tied_embeddings:
+        checkpoint.alias("model.embed_tokens.weight", "lm_head.weight")
+    check_tensors(checkpoint, spec)
+    return ModelDirectory(path, spec, checkpoint, tokenizer, defaults)
