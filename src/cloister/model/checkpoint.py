@@ -1,62 +1,35 @@
-"""Reads the safetensors files of a model directory, memory-mapped: nothing is unpickled, nothing is read twice.
+"""Reads the weights of a model directory, memory-mapped: nothing is unpickled, nothing is read twice.
 
-Covers: one file or many with an index; bfloat16, float16 and float32; every lie that a header can tell about sizes.
-Guarantees: a tensor that is returned lies inside its file, has the shape and type its header says, and overlaps no other.
+Covers: one safetensors file, or many with an index; bfloat16, float16 and float32; shards that are missing, lie, repeat a
+tensor or point outside the directory.
+Guarantees: what is returned is a private copy, of the shape and type that its header says.
 Does not cover: authenticity. A base checkpoint is public; sealed private weights are another module's.
-Source: the safetensors format (8 bytes of length, a JSON header, then the data).
 """
 
-import itertools
 import mmap
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-import msgspec
 import numpy as np
 from jaxtyping import Float32
 
 from cloister.errors import CheckpointError
 from cloister.model.files import read_object
+from cloister.model.safetensors_file import STORED, StoredTensor, map_file, read_header
 from cloister.model.spec import ModelSpec
 
-MAX_HEADER_BYTES: Final = 100 * 2**20
-"""Longest header, as the reference implementation allows."""
+MOST_SHARDS: Final = 4096
+"""Most files of one checkpoint."""
 
-_DTYPES: Final[Mapping[str, np.dtype[np.generic]]] = {
-    "BF16": np.dtype("<u2"),
-    "F16": np.dtype("<f2"),
-    "F32": np.dtype("<f4"),
-}
 _INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
-
-
-class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    dtype: str
-    shape: list[int]
-    data_offsets: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    file: Path
-    data: mmap.mmap
-    dtype: np.dtype[np.generic]
-    shape: tuple[int, ...]
-    offset: int
-
-    def view(self) -> np.ndarray:
-        count = int(np.prod(self.shape, dtype=np.int64))
-        return np.frombuffer(self.data, self.dtype, count, self.offset).reshape(self.shape)
 
 
 class Checkpoint:
     """The tensors of a model directory. Close it, or use it as a context manager."""
 
-    def __init__(self, directory: Path, tensors: dict[str, _Tensor], maps: list[mmap.mmap]) -> None:
+    def __init__(self, directory: Path, tensors: dict[str, StoredTensor], maps: list[mmap.mmap]) -> None:
         self.directory = directory
         self._tensors = tensors
         self._maps = maps
@@ -68,19 +41,14 @@ class Checkpoint:
         Raises:
             CheckpointError: a file is missing, truncated or lies; the error names it.
         """
-        tensors: dict[str, _Tensor] = {}
-        maps: list[mmap.mmap] = []
-        for path in _shards(directory):
-            data = _map(path)
-            maps.append(data)
-            for name, tensor in _read_header(path, data).items():
-                if name in tensors:
-                    raise CheckpointError(
-                        f"{path}: the tensor {name} is also in {tensors[name].file.name}.",
-                        remedy="Fetch the model again.",
-                    )
-                tensors[name] = tensor
-        return Checkpoint(directory, tensors, maps)
+        checkpoint = Checkpoint(directory, {}, [])
+        try:
+            for path, names in _shards(directory).items():
+                checkpoint._add(path, names)
+        except BaseException:
+            checkpoint.close()
+            raise
+        return checkpoint
 
     @property
     def nbytes(self) -> int:
@@ -100,6 +68,10 @@ class Checkpoint:
         """Returns a tensor's shape."""
         return self._find(name).shape
 
+    def dtype(self, name: str) -> str:
+        """Returns a tensor's stored type as the format calls it, e.g. `BF16`."""
+        return self._find(name).dtype
+
     def raw(self, name: str) -> np.ndarray:
         """Returns a private copy of a tensor as stored: float16, float32, or uint16 holding bfloat16 bits."""
         return self._find(name).view().copy()
@@ -109,8 +81,15 @@ class Checkpoint:
         return _widen(self._find(name).view())
 
     def rows(self, name: str, start: int, stop: int) -> Float32[np.ndarray, "rows columns"]:
-        """Returns a private float32 copy of some rows of a matrix."""
-        return _widen(self._find(name).view()[start:stop])
+        """Returns a private float32 copy of the rows from `start` up to `stop` of a matrix.
+
+        Raises:
+            CheckpointError: the tensor is not a matrix or has no such rows.
+        """
+        stored = self._find(name)
+        if len(stored.shape) != 2 or not 0 <= start <= stop <= stored.shape[0]:
+            raise CheckpointError(f"{stored.path}: {name} of shape {stored.shape} has no rows {start} to {stop}.")
+        return _widen(stored.view()[start:stop])
 
     def release(self) -> None:
         """Lets the kernel take back the pages read so far, so that reading a large file costs no memory."""
@@ -118,7 +97,7 @@ class Checkpoint:
             data.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
-        """Closes the files."""
+        """Closes the files; harmless when already closed."""
         self._tensors = {}
         for data in self._maps:
             data.close()
@@ -130,12 +109,30 @@ class Checkpoint:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _find(self, name: str) -> _Tensor:
+    def _add(self, path: Path, names: frozenset[str] | None) -> None:
+        """Maps one file; `names` are those that the index places in it."""
+        data = map_file(path)
+        self._maps.append(data)
+        tensors = read_header(path, data)
+        for name in sorted((names or frozenset()) - tensors.keys()):
+            raise CheckpointError(
+                f"{path} lacks the tensor {name[:100]!r}, which {_INDEX} places in it.", remedy="Fetch the shard again."
+            )
+        for name, tensor in tensors.items():
+            if name in self._tensors:
+                raise CheckpointError(
+                    f"{path}: the tensor {name[:100]!r} is also in {self._tensors[name].path.name}.",
+                    remedy="Fetch the model again.",
+                )
+            self._tensors[name] = tensor
+
+    def _find(self, name: str) -> StoredTensor:
         try:
             return self._tensors[name]
         except KeyError as error:
             raise CheckpointError(
-                f"{self.directory} has no tensor {name}.", remedy="A shard is missing or the model is another one."
+                f"{self.directory} has no tensor {name}.",
+                remedy="A shard is missing, or config.json describes another model: fetch both again.",
             ) from error
 
 
@@ -172,101 +169,71 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> None:
-    """Raises `CheckpointError` naming the first tensor that is missing or of another shape than the spec asks.
+    """Raises `CheckpointError` naming the first tensor that is missing, unexpected, or of another shape or type.
 
-    Tensors that a model does not use (stored rotary frequencies, a copy of tied embeddings) are ignored.
+    Tensors that a model does not use (stored rotary frequencies, a copy of tied embeddings) are ignored; any other that
+    the spec does not ask for is refused, since leaving it out would change answers silently.
     """
-    for name, shape in expected_tensors(spec).items():
-        actual = checkpoint.shape(name)
+    expected = expected_tensors(spec)
+    for name, shape in expected.items():
+        actual, stored_as = checkpoint.shape(name), checkpoint.dtype(name)
         if actual != shape:
             raise CheckpointError(
                 f"{checkpoint.directory}: {name} has shape {actual}; config.json asks for {shape}.",
                 remedy="config.json and the weights belong to different models: fetch both again.",
             )
-
-
-def _shards(directory: Path) -> list[Path]:
-    index = directory / _INDEX
-    if not index.exists():
-        single = directory / _SINGLE
-        if single.exists():
-            return [single]
-        if any(directory.glob("pytorch_model*.bin")):
+        if stored_as not in STORED:
             raise CheckpointError(
-                f"{directory} holds pickled weights only, which can run code when they are read.",
-                remedy="Convert them once with transformers: model.save_pretrained(dir, safe_serialization=True).",
+                f"{checkpoint.directory}: {name} is stored as {stored_as}.",
+                remedy=f"Use a checkpoint in one of {', '.join(STORED)}: Cloister quantises by itself.",
             )
-        raise CheckpointError(f"{directory} has neither {_SINGLE} nor {_INDEX}.", remedy="Fetch the weights.")
-    weight_map = read_object(index).get("weight_map")
+    for name in sorted(checkpoint.names() - expected.keys()):
+        if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
+            raise CheckpointError(
+                f"{checkpoint.directory} holds {name[:100]!r}, which a {spec.family} model of its config.json has not.",
+                remedy="config.json and the weights belong to different models, or the model has parts of its own.",
+            )
+
+
+def _shards(directory: Path) -> dict[Path, frozenset[str] | None]:
+    """Returns the files of a checkpoint, each with the tensors that the index places in it (None: there is no index)."""
+    single, index = directory / _SINGLE, directory / _INDEX
+    if single.exists():
+        return {single: None}
+    if not index.exists():
+        raise _without_safetensors(directory)
+    weight_map = read_object(index, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map.", remedy="Fetch the model again.")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if Path(name).name != name or name in (".", ".."):
-            raise CheckpointError(f"{index} names {name!r}, which is outside the model's directory.")
-        if not (directory / name).exists():
-            raise CheckpointError(f"{directory / name} is missing.", remedy="Fetch the missing shard.")
-    return [directory / name for name in names]
+    placed: dict[str, set[str]] = {}
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or "\0" in file or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index} places a tensor in {file!r:.100}, which is not a safetensors file of this directory.",
+                remedy="Fetch the index from where the model was published.",
+            )
+        placed.setdefault(file, set()).add(tensor)
+    if len(placed) > MOST_SHARDS:
+        raise CheckpointError(f"{index} names {len(placed)} files.", remedy=f"At most {MOST_SHARDS} can be read.")
+    return {directory / file: frozenset(placed[file]) for file in sorted(placed)}
 
 
-def _map(path: Path) -> mmap.mmap:
-    try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be mapped: {error}.", remedy="Fetch it again.") from error
-
-
-def _read_header(path: Path, data: mmap.mmap) -> dict[str, _Tensor]:
-    length = int.from_bytes(data[:8], "little")
-    start = 8 + length
-    if len(data) < 8 or length > MAX_HEADER_BYTES or start > len(data):
-        raise _lie(path, f"its header claims {length} bytes and the file has {len(data)}")
-    entries = _decode_entries(path, data[8:start])
-    tensors: dict[str, _Tensor] = {}
-    spans: list[tuple[int, int, str]] = []
-    for name, entry in entries.items():
-        tensors[name] = _tensor(path, data, start, name, entry)
-        if entry.data_offsets[0] != entry.data_offsets[1]:
-            spans.append((*entry.data_offsets, name))
-    spans.sort()
-    for (_, stop, name), (begin, _, other) in itertools.pairwise(spans):
-        if begin < stop:
-            raise _lie(path, f"the tensors {name} and {other} overlap")
-    return tensors
-
-
-def _decode_entries(path: Path, header: bytes) -> dict[str, _Entry]:
-    try:
-        raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
-        return {name: msgspec.json.decode(value, type=_Entry) for name, value in raw.items() if name != "__metadata__"}
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise _lie(path, f"its header does not decode ({error})") from error
-
-
-def _tensor(path: Path, data: mmap.mmap, start: int, name: str, entry: _Entry) -> _Tensor:
-    dtype = _DTYPES.get(entry.dtype)
-    if dtype is None:
-        raise CheckpointError(
-            f"{path}: {name} is stored as {entry.dtype}, which is not supported.",
-            remedy=f"Supported: {', '.join(_DTYPES)}. Use the unquantised checkpoint.",
+def _without_safetensors(directory: Path) -> CheckpointError:
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pt*")):
+        return CheckpointError(
+            f"{directory} holds pickled weights only, and reading them can run any code.",
+            remedy="On a machine that may run it, convert them with transformers: model.save_pretrained(directory).",
         )
-    begin, stop = entry.data_offsets
-    if any(size < 0 for size in entry.shape):
-        raise _lie(path, f"{name} has the shape {entry.shape}")
-    size = dtype.itemsize
-    for dimension in entry.shape:
-        size *= dimension
-    if not 0 <= begin <= stop <= len(data) - start or stop - begin != size:
-        raise _lie(path, f"{name} should take {size} bytes, and its offsets {begin} to {stop} do not fit the file")
-    return _Tensor(path, data, dtype, tuple(entry.shape), start + begin)
-
-
-def _lie(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path} is truncated or damaged: {what}.", remedy="Fetch it again.")
+    if any(directory.glob("*.gguf")):
+        return CheckpointError(
+            f"{directory} holds GGUF weights only.", remedy="Fetch the safetensors that they were made from."
+        )
+    return CheckpointError(f"{directory} has neither {_SINGLE} nor {_INDEX}.", remedy="Fetch the weights.")
 
 
 def _widen(values: np.ndarray) -> Float32[np.ndarray, "*shape"]:
     if values.dtype == np.uint16:
-        return (values.astype(np.uint32) << 16).view(np.float32)
+        bits = values.astype(np.uint32)
+        bits <<= 16  # in place: a second array as large would double the peak
+        return bits.view(np.float32)
     return values.astype(np.float32)

@@ -34,8 +34,21 @@ def open_model(path: Path) -> ModelDirectory:
     spec = read_spec(path / "config.json")
     tokenizer = Tokenizer.open(path)
     defaults = read_generation_defaults(path / "generation_config.json")
+    return ModelDirectory(path, spec, open_checked(path, spec), tokenizer, defaults)
+
+
+def open_checked(path: Path, spec: ModelSpec) -> Checkpoint:
+    """Returns the weights in `path`: exactly the tensors that `spec` asks for, under the names it gives them.
+
+    Raises:
+        CheckpointError: a file or tensor is missing, damaged, unexpected or of the wrong shape.
+    """
     checkpoint = Checkpoint.open(path)
-    if spec.tied_embeddings:
-        checkpoint.alias("model.embed_tokens.weight", "lm_head.weight")
-    check_tensors(checkpoint, spec)
-    return ModelDirectory(path, spec, checkpoint, tokenizer, defaults)
+    try:
+        if spec.tied_embeddings:
+            checkpoint.alias("model.embed_tokens.weight", "lm_head.weight")
+        check_tensors(checkpoint, spec)
+    except BaseException:
+        checkpoint.close()
+        raise
+    return checkpoint

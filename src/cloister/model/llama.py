@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float32
 
-from cloister.model.checkpoint import Checkpoint
+from cloister.errors import RequestError
+from cloister.model.checkpoint import Checkpoint, expected_tensors
 from cloister.model.rope import RotaryEmbedding
 from cloister.model.spec import ModelSpec
 
@@ -33,11 +34,20 @@ class Llama:
 
     def __init__(self, spec: ModelSpec, checkpoint: Checkpoint) -> None:
         self.spec = spec
-        self._weights = {name: checkpoint.tensor(name) for name in _needed(spec, checkpoint)}
+        self._weights = {name: checkpoint.tensor(name) for name in expected_tensors(spec)}
         self._rotary = RotaryEmbedding(spec.rope, spec.head_dim)
 
     def forward(self, tokens: list[int], cache: KVCache | None = None) -> Float32[np.ndarray, "tokens vocab"]:
-        """Returns the logits of every token, after those in `cache`, which grows by `tokens`."""
+        """Returns the logits of every token, after those in `cache`, which grows by `tokens`.
+
+        Raises:
+            RequestError: there is no token, or one is outside the vocabulary.
+        """
+        if not tokens or not all(0 <= token < self.spec.vocab_size for token in tokens):
+            raise RequestError(
+                "The tokens are none, or not all of this model's vocabulary.",
+                remedy=f"Give at least one, each from 0 to {self.spec.vocab_size - 1}.",
+            )
         cache = cache if cache is not None else KVCache()
         first = cache.tokens
         positions = np.arange(first, first + len(tokens), dtype=np.int64)
@@ -121,8 +131,3 @@ def _rotate(
     left, right = x[..., :half], x[..., half:]
     cos, sin = cos[:, None, :], sin[:, None, :]
     return np.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
-
-
-def _needed(spec: ModelSpec, checkpoint: Checkpoint) -> list[str]:
-    skipped = {"lm_head.weight"} if spec.tied_embeddings else set()
-    return sorted(name for name in checkpoint.names() - skipped if not name.endswith("rotary_emb.inv_freq"))

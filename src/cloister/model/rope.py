@@ -10,7 +10,12 @@ from cloister.model.spec import RopeKind, RopeSpec
 
 
 class RotaryEmbedding:
-    """Cosines and sines for positions. `dynamic` scaling depends on the length of the sequence so far; others do not."""
+    """Cosines and sines for positions, for prefill and decoding alike.
+
+    `dynamic` scaling depends on the length of the sequence so far; others do not. As in transformers, keys that are cached
+    already keep the rotation of the length at which they were computed. So a prompt that is longer than the model was
+    trained for, and is prefilled in pieces, gives what transformers gives only if each piece is told the whole length.
+    """
 
     def __init__(self, spec: RopeSpec, head_dim: int) -> None:
         self._spec = spec

@@ -1,64 +1,77 @@
 """Text to tokens and back, and chats to prompts: `tokenizer.json` and the model's own chat template.
 
-Covers: the `tokenizers` library for the former, Jinja2's immutable sandbox for the latter, as transformers does.
-Guarantees: a template can neither reach attributes of Python objects nor change what it is given.
+Covers: the `tokenizers` library for the former, `model.chat_template` for the latter, as transformers does.
+Guarantees: a prompt is never cut silently (truncation saved in the file is switched off), and begins with at most one
+beginning-of-sequence token.
 Does not cover: streaming (see `enclave.detokenise`).
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-from cloister.errors import ModelError, RequestError, TokenizerError
+from cloister.errors import RequestError, TokenizerError
+from cloister.model.chat_template import MAX_TEMPLATE_CHARACTERS, ChatTemplate
 from cloister.model.files import read_bytes, read_object
 from cloister.model.generation_config import token_ids
 
-MAX_TEMPLATE_CHARACTERS: Final = 2**20
-"""Longest chat template that is compiled."""
+_SPECIAL: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class Tokenizer:
     """A model's tokenizer and chat template."""
 
     def __init__(
-        self, fast: HuggingFaceTokenizer, config: dict[str, Any], template: str | None, eos_ids: set[int]
+        self,
+        fast: HuggingFaceTokenizer,
+        special_tokens: Mapping[str, str],
+        template: ChatTemplate | None,
+        eos_ids: Iterable[int],
+        *,
+        add_bos: bool | None = None,
+        add_eos: bool = False,
     ) -> None:
+        """Wraps `fast`; `add_bos` None leaves special tokens to its own post-processor."""
         self._fast = fast
-        self._config = config
         self._template = template
-        self.eos_ids = frozenset(eos_ids)
-        """Tokens that end an answer."""
+        self._add_bos = add_bos
+        self._add_eos = add_eos
+        self.bos_id = self._id(special_tokens.get("bos_token"))
+        """The beginning-of-sequence token, if the model has one."""
+        self.eos_id = self._id(special_tokens.get("eos_token"))
+        """The tokenizer's end-of-sequence token, if it has one."""
+        self.pad_id = self._id(special_tokens.get("pad_token"))
+        """The padding token, if there is one."""
+        own = () if self.eos_id is None else (self.eos_id,)
+        self.eos_ids = frozenset({*eos_ids, *own})
+        """Tokens that end an answer: every one that any of the model's files names."""
 
     @staticmethod
     def open(directory: Path) -> "Tokenizer":
         """Returns the tokenizer of a model directory.
 
         Raises:
-            TokenizerError: `tokenizer.json` is absent or damaged.
+            TokenizerError: `tokenizer.json` is absent, or a file is damaged or contradicts another.
         """
-        path = directory / "tokenizer.json"
-        if not path.exists():
-            raise TokenizerError(
-                f"{directory} has no tokenizer.json.",
-                remedy="Fetch it, or convert tokenizer.model: AutoTokenizer.from_pretrained(dir).save_pretrained(dir).",
-            )
-        try:
-            fast = HuggingFaceTokenizer.from_buffer(read_bytes(path))
-        except ModelError:
-            raise
-        except Exception as error:  # the library raises bare exceptions
-            raise TokenizerError(f"{path} is not a usable tokenizer: {error}.", remedy="Fetch it again.") from error
-        fast.no_truncation()
-        fast.no_padding()
-        config_path = directory / "tokenizer_config.json"
-        config = read_object(config_path) if config_path.exists() else {}
-        return Tokenizer(fast, config, _template(directory, config), _eos_ids(directory, fast, config))
+        fast = _read_fast(directory)
+        path = directory / "tokenizer_config.json"
+        config = read_object(path, TokenizerError) if path.exists() else {}
+        _check_added_tokens(path, config, fast)
+        special = _special_tokens(directory, config)
+        source = _template_source(directory, config)
+        add_bos = _flag(path, config, "add_bos_token")
+        if add_bos and special.get("bos_token") is None:
+            add_bos = None
+        return Tokenizer(
+            fast,
+            special,
+            None if source is None else ChatTemplate(source, special),
+            _eos_ids(directory),
+            add_bos=add_bos,
+            add_eos=bool(_flag(path, config, "add_eos_token")),
+        )
 
     @property
     def has_chat_template(self) -> bool:
@@ -71,21 +84,37 @@ class Tokenizer:
         return int(self._fast.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Returns the tokens of `text`, with the beginning-of-sequence token where the model wants one."""
+        """Returns the tokens of `text`; with `add_special_tokens`, also those that the model wants around any text.
+
+        Special tokens that `text` spells out are recognised.
+
+        Raises:
+            RequestError: `text` cannot be tokenised.
+        """
+        by_file = add_special_tokens and self._add_bos is None
         try:
-            ids = list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
-        except Exception as error:
+            ids = list(self._fast.encode(text, add_special_tokens=by_file).ids)
+        except Exception as error:  # the library raises bare exceptions
             raise RequestError("The text cannot be tokenised.", remedy="It must be valid Unicode.") from error
-        bos = self._fast.token_to_id(self._special("bos_token") or "")
-        if add_special_tokens and self._config.get("add_bos_token") and bos is not None and ids[:1] != [bos]:
-            ids.insert(0, bos)
+        if add_special_tokens and not by_file:
+            if self._add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+                ids.insert(0, self.bos_id)
+            if self._add_eos and self.eos_id is not None:
+                ids.append(self.eos_id)
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Returns the text of `ids`; incomplete multi-byte characters show as U+FFFD."""
-        return str(self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        """Returns the text of `ids`; incomplete multi-byte characters show as U+FFFD, ids without a token as nothing.
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        Raises:
+            RequestError: an id is negative or no 32-bit number.
+        """
+        try:
+            return str(self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        except Exception as error:
+            raise RequestError("These numbers are not token ids.") from error
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """Returns the prompt of a chat, by the model's own template.
 
         Raises:
@@ -94,63 +123,102 @@ class Tokenizer:
         """
         if self._template is None:
             raise TokenizerError(
-                "This model has no chat template.", remedy="Use `generate` with a plain prompt, or a chat-tuned model."
+                "This model has no chat template.",
+                remedy="Give a plain prompt (`cloister generate`), or use a chat-tuned model.",
             )
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-        names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        special = {name: text for name in names if (text := self._special(name)) is not None}
-        try:
-            template = environment.from_string(self._template)
-            return template.render(
-                messages=[dict(message) for message in messages], add_generation_prompt=add_generation_prompt, **special
+        return self._template.render(messages, add_generation_prompt)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+        """Returns the tokens of a chat, ready for the answer; the template writes the special tokens itself.
+
+        Raises:
+            As `render_chat` and `encode`.
+        """
+        return self.encode(self.render_chat(messages, add_generation_prompt), add_special_tokens=False)
+
+    def _id(self, token: str | None) -> int | None:
+        return None if token is None else self._fast.token_to_id(token)
+
+
+def _read_fast(directory: Path) -> HuggingFaceTokenizer:
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        convert = "AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
+        if (directory / "tokenizer.model").exists():
+            raise TokenizerError(
+                f"{directory} has a tokenizer.model but no tokenizer.json.",
+                remedy=f"Convert it with transformers and sentencepiece: {convert}.",
             )
-        except jinja2.TemplateSyntaxError as error:
-            raise TokenizerError(f"The chat template is damaged: {error}.", remedy="Fetch the model again.") from error
-        except (jinja2.TemplateError, TypeError) as error:
-            raise RequestError(f"The chat template refuses the messages: {error}.") from error
-
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Returns the tokens of a chat, ready for the answer; the template writes the special tokens itself."""
-        return self.encode(self.render_chat(messages), add_special_tokens=False)
-
-    def _special(self, name: str) -> str | None:
-        value = self._config.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        return value if isinstance(value, str) else None
+        raise TokenizerError(f"{directory} has no tokenizer.json.", remedy=f"Fetch it, or make it: {convert}.")
+    content = read_bytes(path, kind=TokenizerError)
+    try:
+        fast = HuggingFaceTokenizer.from_buffer(content)
+        fast.no_truncation()
+        fast.no_padding()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the library's native code is not an Exception
+        raise TokenizerError(f"{path} is not a usable tokenizer: {error}.", remedy="Fetch it again.") from error
+    return fast
 
 
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _check_added_tokens(path: Path, config: Mapping[str, Any], fast: HuggingFaceTokenizer) -> None:
+    """Raises unless the tokens that the config adds are in `tokenizer.json`, where they must be to be recognised."""
+    added = config.get("added_tokens_decoder") or {}
+    for key, entry in added.items() if isinstance(added, dict) else ():
+        token = entry.get("content") if isinstance(entry, dict) else None
+        if not isinstance(token, str) or str(fast.token_to_id(token)) != key:
+            raise TokenizerError(
+                f"{path} adds a token with the id {key[:20]}, which tokenizer.json does not know by that id.",
+                remedy="Save the tokenizer again with transformers: tokenizer.save_pretrained(directory).",
+            )
 
 
-def _template(directory: Path, config: dict[str, Any]) -> str | None:
-    """Returns the chat template: its own file, or an entry of the config (one text, or named ones)."""
+def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the texts of the special tokens: from the config, or from the older map beside it."""
+    path = directory / "special_tokens_map.json"
+    older = read_object(path, TokenizerError) if path.exists() else {}
+    tokens: dict[str, str] = {}
+    for name in _SPECIAL:
+        value = config.get(name, older.get(name))
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            tokens[name] = text
+        elif text is not None or value is not None:
+            raise TokenizerError(f"{directory}: {name} is not a token.", remedy="Fetch the tokenizer files again.")
+    return tokens
+
+
+def _template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
+    """Returns the chat template: its own file, or an entry of the config (one text, or several by name)."""
     path = directory / "chat_template.jinja"
     value: Any = config.get("chat_template")
     if path.exists():
-        value = read_bytes(path).decode("utf-8", "strict")
+        try:
+            return read_bytes(path, 4 * MAX_TEMPLATE_CHARACTERS, TokenizerError).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{path} is not UTF-8.", remedy="Fetch it again.") from error
     if isinstance(value, list):
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-        value = named.get("default")
-    if value is not None and (not isinstance(value, str) or len(value) > MAX_TEMPLATE_CHARACTERS):
-        raise TokenizerError(f"The chat template in {directory} is not a text of usable length.")
+        value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+    if isinstance(value, dict):
+        value = value.get("default")
+    if value is not None and not isinstance(value, str):
+        raise TokenizerError(f"{directory}: chat_template is not a text.", remedy="Fetch tokenizer_config.json again.")
     return value
 
 
-def _eos_ids(directory: Path, fast: HuggingFaceTokenizer, config: dict[str, Any]) -> set[int]:
-    """Returns the end tokens that any of the model's files names."""
+def _flag(path: Path, config: Mapping[str, Any], key: str) -> bool | None:
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise TokenizerError(f"{path}: {key} is {value!r:.100}, not true or false.", remedy="Fetch it again.")
+    return value
+
+
+def _eos_ids(directory: Path) -> set[int]:
+    """Returns the end tokens that the files of the model itself name."""
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = directory / name
         if path.exists():
             ids |= set(token_ids(path, read_object(path).get("eos_token_id")))
-    text = config.get("eos_token")
-    text = text.get("content") if isinstance(text, dict) else text
-    token = fast.token_to_id(text) if isinstance(text, str) else None
-    return ids | ({token} if token is not None else set())
+    return ids
