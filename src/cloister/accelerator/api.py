@@ -28,13 +28,6 @@ class Accelerator(Protocol):
         """
         ...
 
-    def stage(self, rows: int, d_in: int) -> Int32[np.ndarray, "rows d_in"]:
-        """Returns memory that the accelerator can read, to blind into. Valid until the next `multiply` returns.
-
-        Whatever is written there is *sent*: only finished blinded values may ever touch it.
-        """
-        ...
-
     def multiply(self, weight_id: bytes, blinded: Blinded, timeout_seconds: float) -> Int32[np.ndarray, "rows d_out"]:
         """Returns the *unverified* product of `blinded` and the weight, modulo P, centred.
 

@@ -12,7 +12,7 @@ from jaxtyping import Int8, Int32, UInt8
 from cloister.arith.digits import PLANES, padded, split_digits
 from cloister.arith.jit import compiled
 from cloister.arith.modulus import HALF, MAX_D_IN, P
-from cloister.arith.team import Team
+from cloister.arith.team import Loop, Team
 from cloister.arith.vector import InstructionSet, best_instruction_set, dot_block
 from cloister.errors import WireError
 
@@ -81,7 +81,7 @@ def left_product(
     return result
 
 
-def _run(loop, total, team, step=ROWS_PER_BLOCK):  # type: ignore[no-untyped-def]
+def _run(loop: Loop, total: int, team: Team | None, step: int = ROWS_PER_BLOCK) -> None:
     if team is None:
         loop(0, total)
     else:

@@ -45,7 +45,7 @@ def dot_block(weights: int, planes: int, width_bits: int) -> Callable[..., Any]:
     lanes = width_bits // 32
     suffix = str(width_bits)
 
-    @intrinsic
+    @intrinsic  # type: ignore[untyped-decorator]
     def block(_context: Any, w: Any, w_stride: Any, x: Any, x_stride: Any, steps: Any, out: Any) -> Any:
         signature = types.void(types.intp, types.intp, types.intp, types.intp, types.intp, types.intp)
         return signature, lambda _c, builder, _s, args: _emit(builder, args, weights, planes, lanes, suffix)

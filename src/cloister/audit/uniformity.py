@@ -53,8 +53,6 @@ def measure_uniformity(rows: Int[np.ndarray, "tokens d_in"]) -> Uniformity:
     return Uniformity(values.size, min(1.0, 3 * min(p_values)), kolmogorov_p(distance, values.size), histogram)
 
 
-
-
 def chi_square_p(statistic: float, degrees: int) -> float:
     """Returns P(chi-square with `degrees` degrees of freedom >= `statistic`), by Wilson and Hilferty's approximation.
 

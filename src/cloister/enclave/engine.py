@@ -9,7 +9,10 @@ Does not cover: which process this is (`local.enclave_process`) or who asks (`en
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Final, TypeVar
+
+import numpy as np
+from jaxtyping import Float32
 
 from cloister.blinding.mill import Mill
 from cloister.blinding.pantry import Pantry
@@ -23,6 +26,8 @@ from cloister.model.generation_config import GenerationDefaults
 from cloister.model.tokenizer import Tokenizer
 from cloister.settings import Settings
 from cloister.wire.session import Delta, Finished, Generate, Meter, Sampling
+
+Number = TypeVar("Number", int, float)
 
 DEFAULT_NEW_TOKENS: Final = 512
 """Longest answer when neither the request nor the model says."""
@@ -45,14 +50,14 @@ class Engine:
         *,
         mill: Mill | None = None,
     ) -> None:
-        self._forward = forward
+        self.forward = forward
         self._gate = gate
         self._pantry = pantry
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._defaults = defaults
         self._settings = settings
         self._mill = mill
-        self._cached: list[int] = []  # tokens whose keys and values are in the cache
+        self.cached: list[int] = []  # tokens whose keys and values are in the cache
 
     def generate(
         self, request: Generate, check_cancelled: Callable[[], None], finish: Callable[[Finished], None]
@@ -98,13 +103,18 @@ class Engine:
         if (request.prompt is None) == (request.chat is None):
             raise RequestError("A request needs a prompt or a chat, not both.")
         if request.prompt is not None:
-            tokens = self._tokenizer.encode(request.prompt)
+            tokens = self.tokenizer.encode(request.prompt)
         else:
             turns = [{"role": turn.role, "content": turn.content} for turn in request.chat or ()]
-            tokens = self._tokenizer.encode_chat(turns)
+            tokens = self.tokenizer.encode_chat(turns)
         if not tokens:
             raise RequestError("The prompt is empty.", remedy="Give at least one word.")
-        limit = self._forward.max_context
+        if max(tokens) >= self.forward.vocab_size:
+            raise RequestError(
+                f"The tokenizer made token {max(tokens)}, and the model knows {self.forward.vocab_size}.",
+                remedy="Tokenizer and weights belong to different models: fetch both again.",
+            )
+        limit = self.forward.max_context
         if len(tokens) >= limit:
             raise RequestError(
                 f"The prompt has {len(tokens)} tokens and the context holds {limit}.",
@@ -115,7 +125,7 @@ class Engine:
     def _sampling(self, asked: Sampling, prompt_tokens: int) -> SamplingSettings:
         """Returns the request's choices, completed by the model's defaults and bounded by the context."""
         defaults = self._defaults
-        room = self._forward.max_context - prompt_tokens
+        room = self.forward.max_context - prompt_tokens
         wanted = asked.max_new_tokens or defaults.max_new_tokens or DEFAULT_NEW_TOKENS
         base = SamplingSettings()
         return SamplingSettings(
@@ -124,9 +134,7 @@ class Engine:
             top_k=_first(asked.top_k, defaults.top_k, base.top_k),
             top_p=_first(asked.top_p, defaults.top_p, base.top_p),
             min_p=_first(asked.min_p, defaults.min_p, base.min_p),
-            repetition_penalty=_first(
-                asked.repetition_penalty, defaults.repetition_penalty, base.repetition_penalty
-            ),
+            repetition_penalty=_first(asked.repetition_penalty, defaults.repetition_penalty, base.repetition_penalty),
             frequency_penalty=_first(asked.frequency_penalty, None, base.frequency_penalty),
             presence_penalty=_first(asked.presence_penalty, None, base.presence_penalty),
             seed=asked.seed,
@@ -137,15 +145,15 @@ class Engine:
             top_logprobs=asked.top_logprobs,
         )
 
-    def _reuse(self, tokens: list[int]) -> int:
+    def reuse(self, tokens: list[int]) -> int:
         """Keeps what the cache shares with `tokens`; returns how many tokens that is (at least one is run again)."""
         shared = 0
-        for old, new in zip(self._cached, tokens[:-1], strict=False):
+        for old, new in zip(self.cached, tokens[:-1], strict=False):
             if old != new:
                 break
             shared += 1
-        self._forward.truncate(shared)
-        del self._cached[shared:]
+        self.forward.truncate(shared)
+        del self.cached[shared:]
         return shared
 
 
@@ -159,27 +167,26 @@ class _Run:
         self._prompt = tokens
         self._settings = settings
         self._check_cancelled = check_cancelled
-        self._history = list(tokens)
-        self._decoder = StreamDecoder(engine._tokenizer.decode)
+        self._decoder = StreamDecoder(engine.tokenizer.decode)
         self._stops = StopDetector(settings.stop)
         self._ends = set(settings.stop_token_ids)
         if not settings.ignore_eos:
-            self._ends |= set(engine._tokenizer.eos_ids)
+            self._ends |= set(engine.tokenizer.eos_ids)
         self._produced = 0
         self._reason = "length"
 
     def deltas(self, finish: Callable[[Finished], None]) -> Iterator[Delta]:
         engine = self._engine
-        reused = engine._reuse(self._prompt)
+        sampler = Sampler(self._settings, engine.forward.vocab_size, self._prompt)
+        reused = engine.reuse(self._prompt)
         started = time.perf_counter()
         prefilled = started
+        stopped = False  # by a stop text, which is not part of the answer
         try:
             logits = self._prefill(self._prompt[reused:])
             prefilled = time.perf_counter()
-            sampler = Sampler(self._settings, engine._forward.vocab_size)
             while True:
-                sampled = sampler.sample(logits, self._history)
-                self._history.append(sampled.token)
+                sampled = sampler.sample(logits)
                 self._produced += 1
                 if sampled.token in self._ends:
                     self._reason = "stop"
@@ -195,13 +202,44 @@ class _Run:
                 logits = self._pass([sampled.token])
         except GenerationCancelled:
             self._reason = "cancelled"
-        if self._reason != "stop" and (rest := self._rest()):
+        if not stopped and (rest := self._rest()):
             yield Delta(rest)
         finish(self._finished(reused, prefilled - started, time.perf_counter() - prefilled))
 
-    def _prefill(self, tokens: list[int]) -> "object":
-        logits: object = None
+    def _prefill(self, tokens: list[int]) -> Float32[np.ndarray, " vocab"]:
         for start in range(0, len(tokens), PREFILL_TOKENS):
             self._check_cancelled()
             logits = self._pass(tokens[start : start + PREFILL_TOKENS])
         return logits
+
+    def _pass(self, tokens: list[int]) -> Float32[np.ndarray, " vocab"]:
+        logits = self._engine.forward.run(tokens)
+        self._engine.cached.extend(tokens)
+        return logits
+
+    def _delta(self, sampled: Sampled) -> tuple[Delta, bool]:
+        text, stopped = self._stops.push(self._decoder.push(sampled.token))
+        top = (sampled.top,) if sampled.top else ()
+        return Delta(text, (sampled.token,), (sampled.logprob,), top), stopped
+
+    def _rest(self) -> str:
+        """Returns the text that was held back, up to a stop text that may be in it."""
+        text, stopped = self._stops.push(self._decoder.flush())
+        return text if stopped else text + self._stops.flush()
+
+    def _finished(self, reused: int, prefill_seconds: float, decode_seconds: float) -> Finished:
+        return Finished(
+            reason=self._reason,
+            prompt_tokens=len(self._prompt),
+            cached_tokens=reused,
+            completion_tokens=self._produced,
+            prefill_seconds=prefill_seconds,
+            decode_seconds=decode_seconds,
+            meter=self._engine.meter(),
+        )
+
+
+def _first(asked: Number | None, recommended: Number | None, default: Number) -> Number:
+    if asked is not None:
+        return asked
+    return default if recommended is None else recommended

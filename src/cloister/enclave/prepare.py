@@ -165,9 +165,7 @@ class _Builder:
         key = CheckKey.draw(weight, self._settings.checks, self._source, self._team)
         return LentLinear(name, weight, scales, Reach.of(norm, d_in), key, self._bias(parts, shapes))
 
-    def _quantize(
-        self, name: str, start: int, stop: int, planes: np.ndarray, scales: np.ndarray
-    ) -> float:
+    def _quantize(self, name: str, start: int, stop: int, planes: np.ndarray, scales: np.ndarray) -> float:
         try:
             norm = quantize_rows(self._checkpoint.rows(name, start, stop), planes, scales)
         except CheckpointError as error:

@@ -9,13 +9,16 @@ and the codec (which decodes, on the accelerator's side) can make one.
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from jaxtyping import Int8, Int32
 
 from cloister.arith.modulus import MAX_D_IN
 from cloister.errors import AcceleratorProtocolError, WireError
+
+if TYPE_CHECKING:
+    from cloister.wire.sealed_memory import SealedMatrix
 
 MAX_ROWS: Final = 4096
 """Most rows in one product; longer prompts are sent in pieces."""
@@ -30,8 +33,7 @@ _MAKER: Final = object()
 class Blinded:
     """Rows that an accelerator may see: each element uniform in the field, independent of what it hides.
 
-    Shape: int32 `[tokens, d_in]`, C-contiguous, centred elements. `rows` may be a view of memory that the accelerator
-    can write as well, so nothing trusted ever reads it back.
+    Shape: int32 `[tokens, d_in]`, C-contiguous, centred elements.
     """
 
     __slots__ = ("rows",)
@@ -61,6 +63,8 @@ class PublicWeight:
 
     matrix: Int8[np.ndarray, "d_out d_in"] = field(repr=False)
     weight_id: bytes
+    backing: "SealedMatrix | None" = field(default=None, repr=False, compare=False)
+    """The sealed memory that `matrix` lies in, if a worker of this host can map it as it is."""
 
     @staticmethod
     def of(matrix: Int8[np.ndarray, "d_out d_in"]) -> "PublicWeight":

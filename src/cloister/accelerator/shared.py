@@ -1,0 +1,236 @@
+"""The client of a worker of this host: headers over a socket pair, rows and products in shared memory.
+
+Covers: starting the worker, registering weights without copying them, one product at a time with a timeout, and
+everything that a faulty or hostile worker can do to the exchange: die, hang, answer short, late, twice or for another request.
+Guarantees: every wait ends within its timeout. After its first failure this accelerator is closed and says so.
+Does not cover: wrong numbers, which the check of the gate catches.
+"""
+
+import os
+import socket
+import struct
+import subprocess
+import sys
+from typing import Final
+
+import numpy as np
+from jaxtyping import Int32
+
+from cloister.errors import (
+    AcceleratorError,
+    AcceleratorLostError,
+    AcceleratorProtocolError,
+    AcceleratorTimeoutError,
+    WireError,
+)
+from cloister.settings import Backend
+from cloister.wire.codec import HEADER_BYTES, MAX_ERROR_BYTES, MAX_WEIGHTS, Frame, Kind, decode
+from cloister.wire.messages import Blinded, PublicWeight
+from cloister.wire.sealed_memory import Arena, SealedMatrix
+
+START_SECONDS: Final = 120.0
+"""Longest wait for a worker to start, compile its kernels once and answer."""
+
+REGISTER_SECONDS: Final = 60.0
+"""Longest wait for a worker to take one weight."""
+
+KEPT_VARIABLES: Final = ("PATH", "LANG", "LC_ALL", "HOME", "TMPDIR", "NUMBA_CACHE_DIR", "CUDA_VISIBLE_DEVICES")
+"""Environment variables that a worker inherits."""
+
+
+class SharedMemoryAccelerator:
+    """A worker process on this host."""
+
+    def __init__(self, sock: socket.socket, process: "subprocess.Popen[bytes] | None", label: str) -> None:
+        """Wraps a connected socket; `start` is the usual way to get one."""
+        self._sock = sock
+        self._process = process
+        self._label = label
+        self._backend = "starting"
+        self._ready = False
+        self._closed = ""
+        self._request = 0
+        self._weights: dict[bytes, tuple[int, int, int]] = {}
+        self._kept: list[SealedMatrix] = []
+        self._arenas: tuple[Arena, Arena] | None = None
+        self._buffer = bytearray(HEADER_BYTES + MAX_ERROR_BYTES + 1)
+        self._timeout = -1.0
+
+    @staticmethod
+    def start(label: str = "worker", backend: Backend = Backend.AUTO, threads: int = 0) -> "SharedMemoryAccelerator":
+        """Returns a client of a new worker process; the process starts up while the caller goes on."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            command = [sys.executable, "-I", "-m", "cloister.accelerator.worker", "--fd", str(theirs.fileno())]
+            process = subprocess.Popen(
+                [*command, "--backend", backend.value, "--threads", str(threads)],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ},
+                start_new_session=True,
+            )
+        return SharedMemoryAccelerator(ours, process, label)
+
+    @property
+    def name(self) -> str:
+        """Returns the label and what the worker says that it multiplies with."""
+        return f"{self._label} ({self._backend})"
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the worker."""
+        return self._process.pid if self._process is not None else None
+
+    def register(self, weight: PublicWeight) -> None:
+        """Hands the worker a read-only mapping of `weight`; without sealed memory behind it, one copy is made."""
+        if weight.weight_id in self._weights:
+            return
+        self._await_ready()
+        if len(self._weights) >= MAX_WEIGHTS:
+            raise AcceleratorProtocolError(f"More than {MAX_WEIGHTS} weights.")
+        backing = weight.backing
+        if backing is None:
+            backing = SealedMatrix.create(weight.shape)
+            backing.array[:] = weight.matrix
+            backing.seal()
+        self._kept.append(backing)
+        d_out, d_in = weight.shape
+        index = len(self._weights)
+        frame = Frame(Kind.REGISTER, self._next(), index, 0, d_in, d_out)
+        self._send(frame, [backing.fileno()])
+        self._receive(Kind.REGISTERED, REGISTER_SECONDS)
+        self._weights[weight.weight_id] = (index, d_in, d_out)
+
+    def multiply(self, weight_id: bytes, blinded: Blinded, timeout_seconds: float) -> Int32[np.ndarray, "rows d_out"]:
+        """Returns the unverified product, in memory that the worker can still write."""
+        self._await_ready()
+        if weight_id not in self._weights:
+            raise AcceleratorProtocolError("The weight was not registered.", remedy="Register it first.")
+        index, d_in, d_out = self._weights[weight_id]
+        rows = blinded.rows.shape[0]
+        if blinded.rows.shape[1] != d_in:
+            raise AcceleratorProtocolError(f"Rows of {blinded.rows.shape[1]} do not fit a weight of {d_out} x {d_in}.")
+        request, answer = self._arenas_for(rows * d_in, rows * d_out)
+        np.copyto(request.words[: rows * d_in].reshape(rows, d_in), blinded.rows)
+        self._send(Frame(Kind.MULTIPLY, self._next(), index, rows, d_in, d_out))
+        frame = self._receive(Kind.PRODUCT, timeout_seconds)
+        if (frame.weight, frame.rows, frame.d_in, frame.d_out) != (index, rows, d_in, d_out):
+            raise self._fail(AcceleratorProtocolError(f"The worker {self.name} answered with another shape."))
+        return answer.words[: rows * d_out].reshape(rows, d_out)
+
+    def close(self) -> None:
+        """Ends the worker and frees the memory; harmless when already closed."""
+        self._closed = self._closed or "closed"
+        self._sock.close()
+        for arena in self._arenas or ():
+            arena.close()
+        self._arenas = None
+        self._kept.clear()
+        process, self._process = self._process, None
+        if process is not None:
+            try:
+                process.wait(timeout=0.5)  # it leaves by itself when its socket closes
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _await_ready(self) -> None:
+        if self._closed:
+            raise AcceleratorLostError(f"The accelerator {self.name} is {self._closed}.", remedy="Start another.")
+        if not self._ready:
+            length = self._wait(START_SECONDS)
+            frame = self._decoded(length, [Kind.READY])
+            if frame.request != 0:
+                raise self._fail(AcceleratorProtocolError(f"The worker {self._label} did not say that it is ready."))
+            self._backend = self._text(length)
+            self._ready = True
+
+    def _arenas_for(self, request_words: int, answer_words: int) -> tuple[Arena, Arena]:
+        current = self._arenas
+        if current and current[0].size >= 4 * request_words and current[1].size >= 4 * answer_words:
+            return current
+        sizes = [4 * request_words, 4 * answer_words]
+        if current:
+            sizes = [max(size, arena.size) for size, arena in zip(sizes, current, strict=True)]
+        arenas = (Arena.create(sizes[0]), Arena.create(sizes[1]))
+        self._send(Frame(Kind.ARENAS, self._next()), [arena.fd for arena in arenas])
+        self._receive(Kind.READY, REGISTER_SECONDS)
+        for arena in current or ():
+            arena.close()
+        self._arenas = arenas
+        return arenas
+
+    def _next(self) -> int:
+        self._request += 1
+        return self._request
+
+    def _send(self, frame: Frame, descriptors: list[int] | None = None) -> None:
+        try:
+            if descriptors:
+                socket.send_fds(self._sock, [frame.encode()], descriptors)
+            else:
+                self._sock.send(frame.encode())
+        except OSError as error:
+            raise self._fail(self._lost()) from error
+
+    def _receive(self, kind: Kind, timeout_seconds: float) -> Frame:
+        """Returns the answer to the last request, or closes this accelerator."""
+        length = self._wait(timeout_seconds)
+        frame = self._decoded(length, [kind, Kind.ERROR])
+        if frame.request != self._request:
+            raise self._fail(
+                AcceleratorProtocolError(
+                    f"The worker {self.name} answered request {frame.request}, not {self._request}: late or repeated."
+                )
+            )
+        if frame.kind is Kind.ERROR:
+            text = self._text(length)
+            raise self._fail(AcceleratorProtocolError(f"The worker {self.name} refuses ({frame.status.name}): {text}."))
+        if length != HEADER_BYTES:
+            raise self._fail(AcceleratorProtocolError(f"The worker {self.name} answered with {length} bytes."))
+        return frame
+
+    def _wait(self, timeout_seconds: float) -> int:
+        if timeout_seconds != self._timeout:  # the kernel keeps the limit: one system call per answer, not two
+            whole = int(timeout_seconds)
+            limit = struct.pack("ll", whole, int((timeout_seconds - whole) * 1e6) or (0 if whole else 1))
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            self._timeout = timeout_seconds
+        try:
+            length = self._sock.recv_into(self._buffer)
+        except BlockingIOError as error:
+            raise self._fail(
+                AcceleratorTimeoutError(
+                    f"The worker {self.name} did not answer within {timeout_seconds:g} s.",
+                    remedy="Raise accelerator.timeout_seconds if the machine is merely slow.",
+                )
+            ) from error
+        except OSError as error:
+            raise self._fail(self._lost()) from error
+        if not length:
+            raise self._fail(self._lost())
+        return length
+
+    def _decoded(self, length: int, kinds: list[Kind]) -> Frame:
+        try:
+            frame = decode(memoryview(self._buffer)[: min(length, HEADER_BYTES)])
+        except WireError as error:
+            raise self._fail(AcceleratorProtocolError(f"The worker {self.name}: {error.message}")) from error
+        if frame.kind not in kinds:
+            raise self._fail(AcceleratorProtocolError(f"The worker {self.name} sent {frame.kind.name} out of turn."))
+        return frame
+
+    def _text(self, length: int) -> str:
+        raw = bytes(self._buffer[HEADER_BYTES : min(length, HEADER_BYTES + MAX_ERROR_BYTES)])
+        return "".join(c for c in raw.decode("ascii", "replace") if c.isprintable())
+
+    def _lost(self) -> AcceleratorLostError:
+        code = self._process.poll() if self._process is not None else None
+        ended = f" (exit code {code})" if code is not None else ""
+        return AcceleratorLostError(f"The worker {self.name} is gone{ended}.", remedy="Its work is done elsewhere.")
+
+    def _fail(self, error: AcceleratorError) -> AcceleratorError:
+        """Closes this accelerator and returns the error: what comes from it afterwards would not be an answer."""
+        self._closed = "closed after a failure"
+        self._sock.close()
+        return error

@@ -1,0 +1,99 @@
+"""The worker process of this host: `python -m cloister.accelerator.worker --fd N`. Holds no secret.
+
+Covers: serving one client over a socket pair, rows and products in shared memory, until the client closes its end.
+Does not cover: trust. Nothing that this process computes is believed; it imports no trusted package.
+"""
+
+import argparse
+import os
+import socket
+import sys
+from typing import Final
+
+from cloister.accelerator.cpu import open_multiplier
+from cloister.accelerator.registry import DEFAULT_WEIGHT_BYTES, RefusedError, Registry
+from cloister.errors import CloisterError, WireError
+from cloister.settings import Backend
+from cloister.wire.codec import HEADER_BYTES, MAX_ERROR_BYTES, Frame, Kind, Status, decode, received_rows
+from cloister.wire.sealed_memory import Arena, map_sealed_matrix
+
+_MAX_DESCRIPTORS: Final = 2
+
+
+class Worker:
+    """Serves one client."""
+
+    def __init__(self, sock: socket.socket, registry: Registry) -> None:
+        self._sock = sock
+        self._registry = registry
+        self._arenas: tuple[Arena, Arena] | None = None
+
+    def serve(self, name: str) -> None:
+        """Says that it is ready, then answers until the client is gone."""
+        self._sock.send(Frame(Kind.READY).encode() + name.encode()[:MAX_ERROR_BYTES])
+        while True:
+            message, descriptors, _, _ = socket.recv_fds(self._sock, HEADER_BYTES + 1, _MAX_DESCRIPTORS)
+            if not message:
+                return
+            try:
+                reply = self._answer(decode(message), descriptors)
+            except RefusedError as error:
+                reply = self._error(message, error.status, error.message)
+            except CloisterError as error:
+                reply = self._error(message, Status.BAD_FRAME, error.message)
+            except MemoryError:
+                reply = self._error(message, Status.NO_MEMORY, "Memory is short.")
+            finally:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+            self._sock.send(reply)
+
+    def _answer(self, frame: Frame, descriptors: list[int]) -> bytes:
+        if frame.kind is Kind.MULTIPLY:
+            return self._multiply(frame)
+        if frame.kind is Kind.REGISTER and len(descriptors) == 1:
+            self._registry.check_room(frame)
+            self._registry.add(frame, map_sealed_matrix(descriptors[0], (frame.d_out, frame.d_in)))
+            return Frame(Kind.REGISTERED, frame.request, frame.weight).encode()
+        if frame.kind is Kind.ARENAS and len(descriptors) == 2:
+            request, answer = (Arena.received(os.dup(fd), os.fstat(fd).st_size) for fd in descriptors)
+            self._arenas = (request, answer)
+            request.close()
+            answer.close()
+            return Frame(Kind.READY, frame.request).encode()
+        raise WireError(f"A {frame.kind.name} frame came with {len(descriptors)} descriptors.")
+
+    def _multiply(self, frame: Frame) -> bytes:
+        d_out = self._registry.width(frame)
+        if self._arenas is None or frame.rows * d_out * 4 > self._arenas[1].size:
+            raise WireError("The arenas are too small for this product.")
+        request, answer = self._arenas
+        blinded = received_rows(request.words, frame.rows, frame.d_in)
+        self._registry.multiply(frame, blinded, answer.words[: frame.rows * d_out].reshape(frame.rows, d_out))
+        return Frame(Kind.PRODUCT, frame.request, frame.weight, frame.rows, frame.d_in, d_out).encode()
+
+    @staticmethod
+    def _error(message: bytes, status: Status, text: str) -> bytes:
+        request = int.from_bytes(message[8:16], "little")
+        return Frame(Kind.ERROR, request, status=status).encode() + text.encode()[:MAX_ERROR_BYTES]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a worker on an inherited socket; returns the exit code."""
+    parser = argparse.ArgumentParser(description="A worker of this host. Started by Cloister, not by hand.")
+    parser.add_argument("--fd", type=int, required=True, help="descriptor of the socket to the client")
+    parser.add_argument("--backend", choices=list(Backend), default=Backend.AUTO, help="what multiplies")
+    parser.add_argument("--threads", type=int, default=0, help="0: one per usable core")
+    parser.add_argument("--max-weight-bytes", type=int, default=DEFAULT_WEIGHT_BYTES)
+    options = parser.parse_args(arguments)
+    multiplier = open_multiplier(Backend(options.backend), options.threads)
+    with socket.socket(fileno=options.fd) as sock:
+        try:
+            Worker(sock, Registry(multiplier, options.max_weight_bytes)).serve(multiplier.name)
+        except (BrokenPipeError, ConnectionResetError):
+            return 0  # the client is gone
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

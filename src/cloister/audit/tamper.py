@@ -1,0 +1,117 @@
+"""The cheating accelerator: answers wrongly, in every way that has a name."""
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+from jaxtyping import Int32
+
+from cloister.accelerator.api import Accelerator
+from cloister.arith.modulus import HALF
+from cloister.blinding.field import centre
+from cloister.errors import AcceleratorLostError
+from cloister.wire.messages import Blinded, PublicWeight
+
+Product = Int32[np.ndarray, "rows d_out"]
+Strategy = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+
+def _off_by_one(product: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    row, column = random.integers(product.shape[0]), random.integers(product.shape[1])
+    product[row, column] = centre(product[row, column].astype(np.int64).reshape(1) + 1)[0]
+    return product
+
+
+def _one_random(product: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    row, column = random.integers(product.shape[0]), random.integers(product.shape[1])
+    changed = int(random.integers(1, HALF))
+    product[row, column] = centre(product[row, column].astype(np.int64).reshape(1) + changed)[0]
+    return product
+
+
+def _row_random(product: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    product[random.integers(product.shape[0])] = random.integers(-HALF, HALF + 1, product.shape[1])
+    return product
+
+
+def _all_random(product: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    return random.integers(-HALF, HALF + 1, product.shape, dtype=np.int32)
+
+
+def _outputs_swapped(product: np.ndarray, _random: np.random.Generator) -> np.ndarray:
+    return np.ascontiguousarray(np.roll(product, 1, axis=1))
+
+
+def _zeros(product: np.ndarray, _random: np.random.Generator) -> np.ndarray:
+    return np.zeros_like(product)
+
+
+def _not_canonical(product: np.ndarray, _random: np.random.Generator) -> np.ndarray:
+    product[0, 0] = -(2**31)
+    return product
+
+
+def _short(product: np.ndarray, _random: np.random.Generator) -> np.ndarray:
+    return np.ascontiguousarray(product[:, :-1])
+
+
+def _floats(product: np.ndarray, _random: np.random.Generator) -> np.ndarray:
+    return np.full(product.shape, np.nan, np.float32)
+
+
+STRATEGIES: Final[dict[str, Strategy]] = {
+    "one element off by one": _off_by_one,
+    "one element random": _one_random,
+    "one row random": _row_random,
+    "everything random": _all_random,
+    "outputs swapped": _outputs_swapped,
+    "zeros": _zeros,
+    "not canonical": _not_canonical,
+    "short": _short,
+    "floats": _floats,
+}
+
+
+class Tamper:
+    """Wraps any accelerator and spoils one answer (`at_call`, counted from 1) or, with 0, every answer."""
+
+    def __init__(
+        self, inner: Accelerator, strategy: str, *, at_call: int = 0, late_seconds: float = 0.0, seed: int = 0
+    ) -> None:
+        """`strategy` is a key of `STRATEGIES`, or `lost` (dies), `stale` (the previous answer) or `honest`."""
+        self._inner = inner
+        self._strategy = strategy
+        self._at_call = at_call
+        self._late = late_seconds
+        self._random = np.random.default_rng(seed)
+        self._previous: np.ndarray | None = None
+        self.calls = 0
+
+    @property
+    def name(self) -> str:
+        """The name of what is tampered with."""
+        return self._inner.name
+
+    def register(self, weight: PublicWeight) -> None:
+        """Passes a public weight on."""
+        self._inner.register(weight)
+
+    def multiply(self, weight_id: bytes, blinded: Blinded, timeout_seconds: float) -> np.ndarray:
+        """Returns the answer, spoiled when its turn has come."""
+        self.calls += 1
+        product = np.array(self._inner.multiply(weight_id, blinded, timeout_seconds))
+        previous, self._previous = self._previous, product.copy()
+        if self._at_call not in (0, self.calls) or self._strategy == "honest":
+            return product
+        if self._late:
+            time.sleep(self._late)
+        if self._strategy == "lost":
+            raise AcceleratorLostError(f"The accelerator {self.name} is gone.")
+        if self._strategy == "stale":
+            return previous if previous is not None else np.zeros_like(product)
+        return STRATEGIES[self._strategy](product, self._random)
+
+    def close(self) -> None:
+        """Closes what is tampered with."""
+        self._inner.close()

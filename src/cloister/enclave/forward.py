@@ -1,0 +1,135 @@
+"""One pass through the model: embedding to logits, with every linear layer sent through the gate.
+
+    tokens -> embedding                                             enclave
+      +-> RMSNorm -> [QKV] -> rotary, KV cache -> attention -> [O]    norm, rotary, cache, attention: enclave
+      |   add, RMSNorm -> [gate, up] -> SwiGLU -> [down]              [ ]: blinded product on the accelerator,
+      +-- x layers                                                         checked before the next line uses it
+      RMSNorm -> [LM head] -> logits                                  logits, sampling: enclave
+
+The rows of K and V are checked, like every product, before they enter the cache.
+"""
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from cloister.arith.team import Team
+from cloister.enclave.kernels import add_rms_norm, attention, rms_norm, rotate_and_store, swiglu
+from cloister.enclave.kvcache import PagedKVCache, Sequence
+from cloister.enclave.outsource import Gate
+from cloister.enclave.prepare import LINEARS_PER_LAYER, EnclaveModel
+from cloister.model.rope import RotaryEmbedding
+
+
+class Forward:
+    """The forward pass over one paged sequence."""
+
+    def __init__(
+        self, model: EnclaveModel, gate: Gate, cache: PagedKVCache, *, shape_hiding: int = 0, team: Team | None = None
+    ) -> None:
+        self._model = model
+        self._gate = gate
+        self._cache = cache
+        self._sequence = cache.sequence()
+        self._rotary = RotaryEmbedding(model.spec.rope, model.spec.head_dim)
+        self._bucket = shape_hiding
+        self._team = team
+        self._norms = [_stack(layer.query_norm, layer.key_norm) for layer in model.layers]
+        self._epsilon = np.float32(model.spec.norm_epsilon)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many logits a pass returns."""
+        return self._model.spec.vocab_size
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of a session."""
+        return self._cache.max_tokens
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the cache holds."""
+        return self._sequence.tokens
+
+    def truncate(self, tokens: int) -> None:
+        """Forgets all but the first `tokens` tokens."""
+        self._cache.truncate(self._sequence, tokens)
+
+    def run(self, tokens: list[int]) -> Float32[np.ndarray, " vocab"]:
+        """Returns the logits after the last of `tokens`, which join the cache; on failure the cache is as before.
+
+        Raises:
+            RequestError: the context is full.
+            AcceleratorError: the accelerators failed and the settings say to stop.
+            NonFiniteError: the activations overflowed; the error names the layer.
+        """
+        return self._guarded(tokens, last_only=True)[0]
+
+    def run_all(self, tokens: list[int]) -> Float32[np.ndarray, "tokens vocab"]:
+        """Returns the logits after each of `tokens`: for perplexity and comparisons; errors as for `run`."""
+        return self._guarded(tokens, last_only=False)
+
+    def _guarded(self, tokens: list[int], last_only: bool) -> Float32[np.ndarray, "rows vocab"]:
+        before = self._sequence.tokens
+        self._cache.grow(self._sequence, len(tokens))
+        try:
+            return self._pass(tokens, before, last_only)
+        except BaseException:
+            self._cache.truncate(self._sequence, before)
+            raise
+
+    def _pass(self, tokens: list[int], first: int, last_only: bool) -> Float32[np.ndarray, "rows vocab"]:
+        model, spec, gate = self._model, self._model.spec, self._gate
+        real = len(tokens)
+        rows = self._padded(real)
+        lend = gate.lends(rows)
+        x = np.zeros((rows, spec.hidden_size), np.float32)
+        x[:real] = model.embedding.rows(tokens)
+        normed = np.empty_like(x)
+        delta = np.empty_like(x)
+        mixed = np.zeros((rows, spec.heads * spec.head_dim), np.float32)
+        qkv = np.empty((rows, (spec.heads + 2 * spec.kv_heads) * spec.head_dim), np.float32)
+        gate_up = np.empty((rows, 2 * spec.ffn_size), np.float32)
+        activated = np.empty((rows, spec.ffn_size), np.float32)
+        query = np.empty((real, spec.heads, spec.head_dim), np.float32)
+        length = first + real
+        rotary = np.stack(self._rotary.at(np.arange(first, length, dtype=np.int64), length))
+        where = self._where(self._sequence, first)
+        scores = np.empty((spec.heads // spec.kv_heads, length), np.float32)
+
+        rms_norm(x, model.layers[0].attention_norm, self._epsilon, normed)
+        for index, layer in enumerate(model.layers):
+            keys, values = self._cache.keys[index], self._cache.values[index]
+            linear = LINEARS_PER_LAYER * index
+            gate.linear(linear, normed, qkv, lend)
+            rotate_and_store(qkv[:real], rotary, self._norms[index], self._epsilon, query, keys, values, where)
+            attention(query, keys, values, where, spec.windows[index] or 0, scores, mixed[:real])
+            gate.linear(linear + 1, mixed, delta, lend)
+            add_rms_norm(x, delta, layer.ffn_norm, self._epsilon, normed)
+            gate.linear(linear + 2, normed, gate_up, lend)
+            swiglu(gate_up, activated)
+            gate.linear(linear + 3, activated, delta, lend)
+            final = index + 1 == spec.layers
+            norm = model.final_norm if final else model.layers[index + 1].attention_norm
+            add_rms_norm(x, delta, norm, self._epsilon, normed)
+
+        kept = np.ascontiguousarray(normed[real - 1 : real] if last_only else normed[:real])
+        logits = np.empty((kept.shape[0], spec.vocab_size), np.float32)
+        gate.linear(len(gate.linears) - 1, kept, logits, lend)
+        return logits
+
+    def _padded(self, rows: int) -> int:
+        """Returns how many rows the accelerator sees for `rows` real ones (zero rows, blinded like any other)."""
+        if rows == 1 or not self._bucket:
+            return rows
+        return -(-rows // self._bucket) * self._bucket
+
+    @staticmethod
+    def _where(sequence: Sequence, first: int) -> Int32[np.ndarray, " n"]:
+        return np.concatenate([np.array([first], np.int32), sequence.table[: sequence.pages]])
+
+
+def _stack(
+    query_norm: Float32[np.ndarray, " dim"], key_norm: Float32[np.ndarray, " dim"]
+) -> Float32[np.ndarray, "2 dim"]:
+    return np.stack([query_norm, key_norm])

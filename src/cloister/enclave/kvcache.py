@@ -1,0 +1,80 @@
+"""The paged KV cache: keys and values of several sequences in one pool, in enclave memory.
+
+Covers: taking pages as a sequence grows, giving them back when it is cut or freed.
+Guarantees: pages that are given back are zeroed; a sequence never grows past its limit.
+Layout: `[pages, kv_heads, page_tokens, head_dim]` per layer, so that one head's tokens of a page are contiguous: the order
+in which attention reads them.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from cloister.errors import RequestError
+
+
+@dataclass
+class Sequence:
+    """One sequence of the cache: its pages, in order, and how many tokens they hold."""
+
+    table: Int32[np.ndarray, " pages"] = field(repr=False)
+    pages: int = 0
+    tokens: int = 0
+
+
+class PagedKVCache:
+    """A pool of pages for all layers of a model."""
+
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, page_tokens: int, max_tokens: int) -> None:
+        self.page_tokens = page_tokens
+        self.max_tokens = max_tokens
+        count = -(-max_tokens // page_tokens)
+        shape = (layers, count, kv_heads, page_tokens, head_dim)
+        self.keys: Float32[np.ndarray, "layers pages kv_heads page_tokens head_dim"] = np.zeros(shape, np.float32)
+        self.values: Float32[np.ndarray, "layers pages kv_heads page_tokens head_dim"] = np.zeros(shape, np.float32)
+        self._free = list(range(count - 1, -1, -1))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole pool."""
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no sequence holds."""
+        return len(self._free)
+
+    def sequence(self) -> Sequence:
+        """Returns a new, empty sequence."""
+        return Sequence(np.zeros(self.keys.shape[1], np.int32))
+
+    def grow(self, sequence: Sequence, tokens: int) -> None:
+        """Makes room for `tokens` more tokens.
+
+        Raises:
+            RequestError: the pool has no page left; nothing was taken.
+        """
+        needed = -(-(sequence.tokens + tokens) // self.page_tokens) - sequence.pages
+        if needed > len(self._free):
+            raise RequestError(
+                f"The context holds {self.max_tokens} tokens and this session needs more.",
+                remedy="Shorten the conversation or raise cache.max_context.",
+            )
+        for _ in range(needed):
+            sequence.table[sequence.pages] = self._free.pop()
+            sequence.pages += 1
+        sequence.tokens += tokens
+
+    def truncate(self, sequence: Sequence, tokens: int) -> None:
+        """Cuts a sequence down to its first `tokens` tokens; pages that become free are zeroed."""
+        if tokens >= sequence.tokens:
+            return
+        keep = -(-tokens // self.page_tokens)
+        for position in range(keep, sequence.pages):
+            page = int(sequence.table[position])
+            self.keys[:, page] = 0
+            self.values[:, page] = 0
+            self._free.append(page)
+        sequence.pages = keep
+        sequence.tokens = tokens

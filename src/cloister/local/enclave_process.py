@@ -1,0 +1,186 @@
+"""The enclave process of this machine: `python -m cloister.local.enclave_process FD`. Wires engine and accelerators.
+
+On a plain machine this is a software stand-in for a trusted execution environment: a process of its own, with nothing
+but its socket, but not protected from the host. It says so in the message that it is ready with.
+"""
+
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cloister.accelerator.api import Accelerator
+from cloister.accelerator.remote import RemoteAccelerator
+from cloister.accelerator.shared import SharedMemoryAccelerator
+from cloister.arith.team import Team, usable_cores
+from cloister.audit.observer import Observer
+from cloister.audit.tamper import Tamper
+from cloister.blinding.mill import Mill
+from cloister.blinding.pads import PadSource
+from cloister.blinding.pantry import Pantry
+from cloister.enclave.engine import Engine
+from cloister.enclave.forward import Forward
+from cloister.enclave.kvcache import PagedKVCache
+from cloister.enclave.outsource import Gate
+from cloister.enclave.prepare import prepare
+from cloister.enclave.session import Session, failure
+from cloister.errors import CloisterError, WireError
+from cloister.model.directory import open_model
+from cloister.settings import AcceleratorSettings, Placement, Settings, from_mapping
+from cloister.wire.session import Open, Progress, Ready, Rehearsal, SessionSocket, Sightings
+
+DEFAULT_CONTEXT = 8192
+"""Longest session when neither the settings nor the model ask for less."""
+
+STAND_IN = "software stand-in (not a TEE: the host can read its memory)"
+
+
+def open_accelerators(settings: AcceleratorSettings) -> list[Accelerator]:
+    """Returns the configured accelerators: remote ones if there are addresses, else workers of this host."""
+    if settings.addresses:
+        return [RemoteAccelerator(address) for address in settings.addresses]
+    return [
+        SharedMemoryAccelerator.start(f"worker-{index}", settings.backend, settings.threads)
+        for index in range(settings.workers)
+    ]
+
+
+def rehearse(accelerators: Sequence[Accelerator], rehearsal: Rehearsal) -> tuple[list[Accelerator], Observer | None]:
+    """Returns the accelerators, the first of them observed and made to cheat once, as a demonstration asks."""
+    staged = list(accelerators)
+    observer: Observer | None = None
+    if staged and rehearsal.cheat_at_product:
+        staged[0] = Tamper(staged[0], "one element off by one", at_call=rehearsal.cheat_at_product)
+    if staged and rehearsal.observe:
+        observer = Observer(staged[0])
+        staged[0] = observer
+    return staged, observer
+
+
+class EnclaveProcess:
+    """Opens one model and serves one client."""
+
+    def __init__(self, session: SessionSocket) -> None:
+        self._session = session
+        self._accelerators: list[Accelerator] = []
+        self._mill: Mill | None = None
+
+    def run(self) -> None:
+        """Waits for the model to open, opens it, and serves until the client is gone."""
+        request = self._session.receive_to_enclave()
+        if request is None:
+            return
+        try:
+            if not isinstance(request, Open):
+                raise WireError("The first message of a session must open a model.")
+            serving = self._open(request)
+        except CloisterError as error:
+            self._session.send(failure(error))
+            return
+        serving.serve()
+
+    def close(self) -> None:
+        """Ends the workers and the mill."""
+        if self._mill is not None:
+            self._mill.close()
+        for accelerator in self._accelerators:
+            accelerator.close()
+
+    def _open(self, request: Open) -> Session:
+        settings = from_mapping(Settings, request.settings)
+        lend = settings.blinding.placement is Placement.BLINDED
+        if lend:  # they start up while the model is read
+            self._accelerators = open_accelerators(settings.accelerator)
+        directory = open_model(Path(request.model))
+        spec = directory.spec
+        team = Team(usable_cores())
+        source = PadSource()
+        model = prepare(
+            directory.checkpoint, spec, settings.blinding, source, team=team,
+            progress=lambda stage, done, total: self._session.send(Progress(stage, done, total, "weights")),
+        )  # fmt: skip
+        directory.checkpoint.close()
+        staged, observer = rehearse(self._accelerators, request.rehearsal)
+        for done, linear in enumerate(model.linears, 1):
+            for accelerator in staged:
+                accelerator.register(linear.weight)
+            if lend:
+                self._session.send(Progress("registering", done, len(model.linears), "weights"))
+        context = min(settings.cache.max_context or DEFAULT_CONTEXT, spec.max_positions)
+        pantry = Pantry(model.linears, settings.blinding.pantry_bytes if lend else 0, source, team)
+        if lend:
+            target = min(pantry.capacity_tokens, context)
+            pantry.stock(
+                min(target, self._first_stock(pantry)),
+                lambda done, total: self._session.send(Progress("stocking pads", done, total, "tokens")),
+            )
+            self._mill = Mill(pantry, target)
+        cache = PagedKVCache(spec.layers, spec.kv_heads, spec.head_dim, settings.cache.page_tokens, context)
+        session = Session(self._session, None, self._sightings(observer))  # type: ignore[arg-type]
+        gate = Gate(
+            model.linears,
+            staged,
+            pantry,
+            settings,
+            mill=self._mill,
+            team=Team(usable_cores()),
+            on_incident=session.report,
+        )
+        forward = Forward(model, gate, cache, shape_hiding=settings.blinding.shape_hiding)
+        session.engine = Engine(
+            forward, gate, pantry, directory.tokenizer, directory.defaults, settings, mill=self._mill
+        )
+        self._session.send(
+            Ready(
+                model=directory.path.name,
+                family=spec.family.value,
+                parameters=spec.parameters,
+                max_context=context,
+                has_chat_template=directory.tokenizer.has_chat_template,
+                accelerators=gate.accelerators,
+                tee=STAND_IN,
+            )
+        )
+        return session
+
+    @staticmethod
+    def _first_stock(pantry: Pantry) -> int:
+        """Returns how many tokens to stock before the session opens: a few, quickly; the mill makes the rest."""
+        return max(1, min(64, 32 * 2**20 // pantry.bytes_per_token))
+
+    @staticmethod
+    def _sightings(observer: Observer | None):  # type: ignore[no-untyped-def]
+        if observer is None:
+            return None
+
+        def report() -> Sightings:
+            seen = observer.uniformity()
+            return Sightings(
+                products=observer.products,
+                rows=observer.rows,
+                elements=seen.elements,
+                sample=tuple(tuple(int(v) for v in row[:12]) for row in observer.sample(3)),
+                histogram=tuple(int(v) for v in seen.histogram),
+                chi_square_p=seen.chi_square_p,
+                kolmogorov_smirnov_p=seen.kolmogorov_smirnov_p,
+                uniform=seen.uniform,
+            )
+
+        return report
+
+
+def main() -> int:
+    """Runs the enclave process on an inherited socket; returns the exit code."""
+    with socket.socket(fileno=int(sys.argv[1])) as sock:
+        process = EnclaveProcess(SessionSocket(sock))
+        try:
+            process.run()
+        except WireError:
+            return 0  # the client is gone
+        finally:
+            process.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

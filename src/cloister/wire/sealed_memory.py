@@ -1,0 +1,116 @@
+"""Memory that two processes of one host share: sealed so that neither can shrink it, and weights so that none can write.
+
+Covers: anonymous files (memfd) with seals. A worker maps a weight that the enclave keeps using: no copy, and the kernel
+refuses it every write. Arenas for requests and answers stay writable but cannot be truncated, so that
+a worker cannot make the enclave fault.
+Does not cover: enclaves whose memory the host cannot map (SGX, encrypted virtual machines): there weights are copied out.
+"""
+
+import fcntl
+import mmap
+import os
+from typing import Final
+
+import numpy as np
+from jaxtyping import Int8
+
+from cloister.errors import WireError
+
+# Not in the fcntl module of Python 3.11 on every platform; the values are the kernel's.
+_ADD_SEALS: Final = 1033
+_GET_SEALS: Final = 1034
+_SEAL_SEAL: Final = 1
+_SEAL_SHRINK: Final = 2
+_SEAL_GROW: Final = 4
+_SEAL_FUTURE_WRITE: Final = 16
+_FIXED: Final = _SEAL_SEAL | _SEAL_SHRINK | _SEAL_GROW
+_FROZEN: Final = _FIXED | _SEAL_FUTURE_WRITE
+
+
+class SealedMatrix:
+    """An int8 matrix in memory that can be filled once, sealed, and then shared read-only."""
+
+    def __init__(self, fd: int, shape: tuple[int, int], array: Int8[np.ndarray, "rows columns"]) -> None:
+        self._fd = fd
+        self.shape = shape
+        self.array = array
+        """Writable until `seal`, read-only afterwards."""
+
+    @staticmethod
+    def create(shape: tuple[int, int]) -> "SealedMatrix":
+        """Returns a zeroed matrix to fill.
+
+        Raises:
+            WireError: memory is short.
+        """
+        fd = _memfd("cloister-weight", shape[0] * shape[1])
+        mapping = mmap.mmap(fd, shape[0] * shape[1])
+        return SealedMatrix(fd, shape, np.frombuffer(mapping, np.int8).reshape(shape))
+
+    def seal(self) -> None:
+        """Makes the content final: from now on the kernel refuses every write but through this process' own mapping."""
+        fcntl.fcntl(self._fd, _ADD_SEALS, _FROZEN)
+        self.array.flags.writeable = False
+
+    def fileno(self) -> int:
+        """Returns the descriptor to send to a worker."""
+        return self._fd
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def map_sealed_matrix(fd: int, shape: tuple[int, int]) -> Int8[np.ndarray, "rows columns"]:
+    """Returns the matrix behind a received descriptor, mapped read-only.
+
+    Raises:
+        WireError: its size is not the announced one, or it could still change.
+    """
+    size = shape[0] * shape[1]
+    if os.fstat(fd).st_size != size or fcntl.fcntl(fd, _GET_SEALS) & _FROZEN != _FROZEN:
+        raise WireError(f"A weight of {shape} is not sealed memory of {size} bytes.")
+    return np.frombuffer(mmap.mmap(fd, size, prot=mmap.PROT_READ), np.int8).reshape(shape)
+
+
+class Arena:
+    """A block of memory that both sides write and neither can resize."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.fd = fd
+        self.size = size
+        self._map = mmap.mmap(fd, size)
+        self.words = np.frombuffer(self._map, np.int32)
+        """The whole block as int32."""
+
+    @staticmethod
+    def create(size: int) -> "Arena":
+        """Returns a new block of at least `size` bytes."""
+        size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        fd = _memfd("cloister-arena", size)
+        fcntl.fcntl(fd, _ADD_SEALS, _FIXED)
+        return Arena(fd, size)
+
+    @staticmethod
+    def received(fd: int, size: int) -> "Arena":
+        """Returns the block behind a received descriptor, if it has the announced size."""
+        if os.fstat(fd).st_size != size:
+            raise WireError("An arena does not have the announced size.")
+        return Arena(fd, size)
+
+    def close(self) -> None:
+        """Closes the descriptor; the memory goes when the last array on it does."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _memfd(name: str, size: int) -> int:
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+    except OSError as error:
+        os.close(fd)
+        raise WireError(f"{size} bytes of shared memory cannot be had: {error.strerror}.") from error
+    return fd
