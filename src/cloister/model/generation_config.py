@@ -38,13 +38,13 @@ def read_generation_defaults(path: Path) -> GenerationDefaults:
     sampled = config.get("do_sample")
     if sampled is not None and not isinstance(sampled, bool):
         raise ModelError(f"{path}: do_sample is {sampled!r:.100}, not true or false.", remedy=_REMEDY)
-    temperature = _real(path, config, "temperature", 0, 100)
+    temperature = _real(path, config, "temperature", 0.0, 100.0)
     greedy = sampled is False or (sampled is None and temperature is None)
     return GenerationDefaults(
         temperature=0.0 if greedy else temperature,
         top_k=_whole(path, config, "top_k", 0),
-        top_p=_real(path, config, "top_p", 1e-6, 1),
-        min_p=_real(path, config, "min_p", 0, 1),
+        top_p=_real(path, config, "top_p", 1e-6, 1.0),
+        min_p=_real(path, config, "min_p", 0.0, 1.0),
         repetition_penalty=_real(path, config, "repetition_penalty", 1e-3, 1e3),
         max_new_tokens=_whole(path, config, "max_new_tokens", 1),
         eos_ids=token_ids(path, config.get("eos_token_id")),

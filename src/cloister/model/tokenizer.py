@@ -3,7 +3,8 @@
 Covers: the `tokenizers` library for the former, `model.chat_template` for the latter, as transformers does.
 Guarantees: a prompt is never cut silently (truncation saved in the file is switched off), and begins with at most one
 beginning-of-sequence token.
-Does not cover: streaming (see `enclave.detokenise`).
+Does not cover: streaming (see `enclave.detokenise`); tokenizers without a `tokenizer.json`; and, like the `tokenizers`
+library, it follows that file alone, where some releases of transformers rebuild parts of it by the name of the class.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,6 +45,8 @@ class Tokenizer:
         """The tokenizer's end-of-sequence token, if it has one."""
         self.pad_id = self._id(special_tokens.get("pad_token"))
         """The padding token, if there is one."""
+        added = fast.get_added_tokens_decoder()
+        self._special_ids = frozenset(index for index, token in added.items() if token.special)
         own = () if self.eos_id is None else (self.eos_id,)
         self.eos_ids = frozenset({*eos_ids, *own})
         """Tokens that end an answer: every one that any of the model's files names."""
@@ -97,10 +100,11 @@ class Tokenizer:
         except Exception as error:  # the library raises bare exceptions
             raise RequestError("The text cannot be tokenised.", remedy="It must be valid Unicode.") from error
         if add_special_tokens and not by_file:
-            if self._add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
-                ids.insert(0, self.bos_id)
+            ids = self._begun(ids)
             if self._add_eos and self.eos_id is not None:
                 ids.append(self.eos_id)
+        elif add_special_tokens and self.bos_id is not None and ids[:2] == [self.bos_id] * 2:
+            del ids[0]  # one from the file's post-processor, one that the text spells out
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -109,8 +113,10 @@ class Tokenizer:
         Raises:
             RequestError: an id is negative or no 32-bit number.
         """
+        # The library itself fails to skip special tokens that are marked as normalised.
+        kept = [token for token in ids if token not in self._special_ids] if skip_special_tokens else list(ids)
         try:
-            return str(self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens))
+            return str(self._fast.decode(kept, skip_special_tokens=False))
         except Exception as error:
             raise RequestError("These numbers are not token ids.") from error
 
@@ -135,6 +141,10 @@ class Tokenizer:
             As `render_chat` and `encode`.
         """
         return self.encode(self.render_chat(messages, add_generation_prompt), add_special_tokens=False)
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        wanted = self._add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]
+        return [self.bos_id, *ids] if wanted and self.bos_id is not None else ids
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self._fast.token_to_id(token)
