@@ -6,8 +6,10 @@ the class, text and remedy of an error of `cloister.errors`; anything unexpected
 """
 
 import select
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from cloister.enclave.engine import Engine
 from cloister.enclave.outsource import Incident
@@ -25,6 +27,9 @@ from cloister.wire.session import (
     StatusReport,
     ToEnclave,
 )
+
+REPORT_SECONDS: Final = 0.25
+"""How often running totals are sent during a generation."""
 
 
 @dataclass
@@ -72,11 +77,15 @@ class Session:
                 raise RequestError("A model is already open in this session.")
 
     def _generate(self, request: Generate) -> None:
-        def forward(finished: Finished) -> None:
-            self.socket.send(finished)
-
-        for delta in self.engine.generate(request, self._check_cancelled, forward):
+        reported = time.monotonic()
+        for delta in self.engine.generate(request, self._check_cancelled, self._finish):
             self.socket.send(delta)
+            if (now := time.monotonic()) - reported >= REPORT_SECONDS:
+                reported = now
+                self.socket.send(StatusReport(self.engine.meter()))
+
+    def _finish(self, finished: Finished) -> None:
+        self.socket.send(finished)
 
     def _check_cancelled(self) -> None:
         """Raises `GenerationCancelled` when the client asked to stop, or is gone."""

@@ -43,8 +43,8 @@ from cloister.wire.session import (
     Turn,
 )
 
-Listener = Callable[[Progress | Event], None]
-"""Called with progress while loading, and with every failure of an accelerator."""
+Listener = Callable[[Progress | Event | StatusReport], None]
+"""Called with progress while loading, with running totals while generating, and with every accelerator failure."""
 
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "HOME", "TMPDIR", "NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS")
 """Environment variables that the enclave process inherits; everything else stays outside."""
@@ -206,7 +206,7 @@ class LLM:
         return message
 
     def _note(self, message: FromEnclave) -> None:
-        if self._listener is not None and isinstance(message, Progress | Event):
+        if self._listener is not None and isinstance(message, Progress | Event | StatusReport):
             self._listener(message)
 
     def _send(self, message: ToEnclave) -> None:

@@ -190,6 +190,7 @@ class SessionSocket:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        self._buffer = bytearray()
         self._encoder = msgspec.msgpack.Encoder()
         self._to_enclave = msgspec.msgpack.Decoder(ToEnclave)
         self._from_enclave = msgspec.msgpack.Decoder(FromEnclave)
@@ -232,28 +233,27 @@ class SessionSocket:
             raise WireError(f"A session message does not decode: {error}.") from error
 
     def _frame(self) -> bytes | None:
-        header = self._exactly(4)
-        if header is None:
+        """Returns the next payload; what an interrupt leaves half read stays buffered for the next call."""
+        if not self._fill(4):
             return None
-        length = int.from_bytes(header, "little")
+        length = int.from_bytes(self._buffer[:4], "little")
         if length > MAX_FRAME_BYTES:
             raise WireError(f"The other end announced {length} bytes; at most {MAX_FRAME_BYTES} are read.")
-        payload = self._exactly(length)
-        if payload is None:
-            raise WireError("The session was cut in the middle of a message.")
+        self._fill(4 + length)
+        payload = bytes(self._buffer[4 : 4 + length])
+        del self._buffer[: 4 + length]
         return payload
 
-    def _exactly(self, count: int) -> bytes | None:
-        """Returns `count` bytes; None if the stream ended before the first."""
-        received = bytearray()
-        while len(received) < count:
+    def _fill(self, count: int) -> bool:
+        """Reads until `count` bytes are buffered; returns False if the stream ended before the first of a message."""
+        while len(self._buffer) < count:
             try:
-                piece = self.sock.recv(min(count - len(received), 1 << 20))
+                piece = self.sock.recv(min(count - len(self._buffer), 1 << 20))
             except OSError as error:
                 raise WireError(f"The session was cut ({error}).") from error
             if not piece:
-                if received:
+                if self._buffer:
                     raise WireError("The session was cut in the middle of a message.")
-                return None
-            received += piece
-        return bytes(received)
+                return False
+            self._buffer += piece
+        return True

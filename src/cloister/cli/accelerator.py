@@ -1,0 +1,33 @@
+"""`cloister accelerator`: lend this host's processor to enclaves elsewhere."""
+
+from typing import Annotated
+
+import typer
+
+from cloister.accelerator.cpu import open_multiplier
+from cloister.accelerator.remote import AcceleratorServer
+from cloister.cli.display import stderr
+from cloister.settings import Backend
+
+
+def accelerator(
+    listen: Annotated[
+        str, typer.Option("--listen", help="host:port to serve at; port 0 takes a free one.")
+    ] = "127.0.0.1:7000",
+    backend: Annotated[Backend, typer.Option("--backend", help="What multiplies.")] = Backend.AUTO,
+    threads: Annotated[int, typer.Option("--threads", help="0: one per core.")] = 0,
+    max_weight_gib: Annotated[
+        float, typer.Option("--max-weights", help="GiB of weights that one client may send.")
+    ] = 64.0,
+) -> None:
+    """Serve as an untrusted accelerator for enclaves on other hosts.
+
+    It sees public weights and blinded integers, and has no access control of its own: bind it to a private network.
+    The other side runs [bold]cloister chat MODEL --accelerator HOST:PORT[/bold].
+    """
+    server = AcceleratorServer(listen, lambda: open_multiplier(backend, threads), int(max_weight_gib * 2**30))
+    stderr().print(f"accelerator at {server.address} ({server.backend}); Ctrl-C ends it")
+    try:
+        server.serve()
+    finally:
+        server.close()

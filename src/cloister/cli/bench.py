@@ -1,0 +1,65 @@
+"""`cloister bench`: measurements that write JSON records."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cloister.cli.display import stderr, stdout
+
+app = typer.Typer(
+    no_args_is_help=True, help="Measure speed, trusted CPU time and fidelity; each run writes a JSON record."
+)
+
+OutOption = Annotated[Path, typer.Option("--out", help="Folder of the records.")]
+SmokeOption = Annotated[bool, typer.Option("--smoke", help="A few seconds on tiny shapes: does it run at all?")]
+
+
+@app.command("latency")
+def latency(
+    shape: Annotated[str, typer.Option("--shape", help="demo, 1.1b, or the folder of a model.")] = "1.1b",
+    tokens: Annotated[int, typer.Option("--tokens", help="Decoded tokens per variant.")] = 48,
+    smoke: SmokeOption = False,
+    out: OutOption = Path("bench/results"),
+) -> None:
+    """Prefill and decode, side by side: unprotected, enclave-only, blinded online, blinded online and pads."""
+    from cloister.bench.latency import run
+
+    record = run(shape, tokens, smoke, stderr())
+    record.write(out)
+    record.show(stdout())
+
+
+@app.command("fidelity")
+def fidelity(
+    model: Annotated[str, typer.Option("--model", help="demo, or the folder of a model.")] = "demo",
+    text: Annotated[Path | None, typer.Option("--text", help="Held-out text; default: the shipped one.")] = None,
+    smoke: SmokeOption = False,
+    out: OutOption = Path("bench/results"),
+) -> None:
+    """Perplexity and KL divergence against the float32 model, for int8 and int8x2 weights."""
+    from cloister.bench.fidelity import run
+
+    record = run(model, text, smoke, stderr())
+    record.write(out)
+    record.show(stdout())
+
+
+@app.command("products")
+def products(smoke: SmokeOption = False, out: OutOption = Path("bench/results")) -> None:
+    """The int8 product of the accelerator: bytes and operations per second of each installed backend, beside the ceiling."""
+    from cloister.bench.products import run
+
+    record = run(smoke, stderr())
+    record.write(out)
+    record.show(stdout())
+
+
+@app.command("all")
+def everything(smoke: SmokeOption = False, out: OutOption = Path("bench/results")) -> None:
+    """Every benchmark, one after the other."""
+    products(smoke, out)
+    fidelity("demo", None, smoke, out)
+    latency("demo", 48, smoke, out)
+    if not smoke:
+        latency("1.1b", 48, smoke, out)

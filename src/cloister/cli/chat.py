@@ -1,0 +1,114 @@
+"""`cloister chat`: a conversation on the terminal."""
+
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from cloister.cli import options as o
+from cloister.cli.display import Display, stderr, stdout, summary_text
+from cloister.cli.session import loaded, stream
+from cloister.errors import GenerationError
+from cloister.local.client import LLM
+
+HELP = "/reset forgets the conversation · /status shows the totals · /exit or Ctrl-D leaves · Ctrl-C stops an answer"
+
+
+def chat(
+    model: o.ModelArgument,
+    system: Annotated[str | None, typer.Option("--system", help="Instructions for the model.")] = None,
+    max_tokens: o.TokensOption = None,
+    temperature: o.TemperatureOption = None,
+    top_k: o.TopKOption = None,
+    top_p: o.TopPOption = None,
+    min_p: o.MinPOption = None,
+    seed: o.SeedOption = None,
+    file: o.SettingsFile = None,
+    weights: o.WeightsOption = None,
+    placement: o.PlacementOption = None,
+    addresses: o.AddressOption = None,
+    workers: o.WorkersOption = None,
+    backend: o.BackendOption = None,
+    pantry: o.PantryOption = None,
+    when_empty: o.WhenEmptyOption = None,
+    prefill: o.PrefillOption = None,
+    on_failure: o.OnFailureOption = None,
+    timeout: o.TimeoutOption = None,
+    context: o.ContextOption = None,
+    quiet: o.QuietOption = False,
+) -> None:
+    """Talk to a model. Earlier turns stay in the enclave's KV cache; Ctrl-C stops an answer, not the session.
+
+    [bold]cloister chat ~/models/Llama-3.2-1B-Instruct[/bold]
+    """
+    runtime = o.RuntimeOptions(
+        file, weights, placement, addresses, workers, backend, pantry, when_empty, prefill, on_failure, timeout, context
+    )
+    sampling = o.sampling(max_tokens, temperature, top_k, top_p, min_p, seed, None)
+    display = Display(quiet)
+    with loaded(model, runtime.settings(), display) as llm:
+        if not llm.info.has_chat_template:
+            llm.chat([{"role": "user", "content": "?"}]).text  # noqa: B018 - raises the error with its remedy
+        if not quiet:
+            info = llm.info
+            stderr().print(
+                Text(f"{info.model} · {info.parameters / 1e6:.1f} M parameters · {', '.join(info.accelerators)}")
+            )
+            stderr().print(Text(f"enclave: {info.tee}", style="yellow"))
+            stderr().print(Text(HELP, style="dim"))
+        Conversation(llm, display, sampling, system, quiet).run()
+
+
+class Conversation:
+    """The turns of a chat and the loop that adds to them."""
+
+    def __init__(
+        self, llm: LLM, display: Display, sampling: dict[str, object], system: str | None, quiet: bool
+    ) -> None:
+        self._llm = llm
+        self._display = display
+        self._sampling = sampling
+        self._start = [{"role": "system", "content": system}] if system else []
+        self._turns = list(self._start)
+        self._quiet = quiet
+        self._console = stdout()
+
+    def run(self) -> None:
+        """Reads and answers until the end of input."""
+        while True:
+            try:
+                line = self._console.input("[bold]> [/bold]" if self._console.is_terminal else "")
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                self._console.print()
+                continue
+            command = line.strip()
+            if command in ("/exit", "/quit"):
+                return
+            if command == "/reset":
+                self._turns = list(self._start)
+            elif command == "/status":
+                stderr().print_json(data=_plain(self._llm))
+            elif command == "/help":
+                stderr().print(HELP)
+            elif command:
+                self._answer(line)
+
+    def _answer(self, line: str) -> None:
+        turns = [*self._turns, {"role": "user", "content": line}]
+        reply = self._llm.chat(turns, **self._sampling)
+        try:
+            stream(self._llm, reply, self._display, self._quiet)
+        except GenerationError as error:  # too long, or refused by the template: the conversation goes on
+            stderr().print(f"[bold red]error:[/bold red] {error}")
+            return
+        self._turns = [*turns, {"role": "assistant", "content": reply.text}]
+        if reply.finished is not None and not self._quiet:
+            stderr().print(summary_text(reply.finished))
+
+
+def _plain(llm: LLM) -> object:
+    import msgspec
+
+    return msgspec.to_builtins(llm.status().meter)

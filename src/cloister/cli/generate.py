@@ -1,0 +1,90 @@
+"""`cloister generate`: continue one prompt, or answer one request."""
+
+import json
+import sys
+from typing import Annotated
+
+import msgspec
+import typer
+
+from cloister.cli import options as o
+from cloister.cli.display import Display, stderr, summary_text
+from cloister.cli.session import loaded, stream
+from cloister.errors import RequestError
+from cloister.local.client import LLM, Reply
+
+
+def generate(
+    model: o.ModelArgument,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Text to continue; '-' or a pipe: standard input.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Treat the prompt as a user's message (needs a chat template).")
+    ] = False,
+    max_tokens: o.TokensOption = None,
+    temperature: o.TemperatureOption = None,
+    top_k: o.TopKOption = None,
+    top_p: o.TopPOption = None,
+    min_p: o.MinPOption = None,
+    seed: o.SeedOption = None,
+    stop: o.StopOption = None,
+    file: o.SettingsFile = None,
+    weights: o.WeightsOption = None,
+    placement: o.PlacementOption = None,
+    addresses: o.AddressOption = None,
+    workers: o.WorkersOption = None,
+    backend: o.BackendOption = None,
+    pantry: o.PantryOption = None,
+    when_empty: o.WhenEmptyOption = None,
+    prefill: o.PrefillOption = None,
+    on_failure: o.OnFailureOption = None,
+    timeout: o.TimeoutOption = None,
+    context: o.ContextOption = None,
+    quiet: o.QuietOption = False,
+    as_json: o.JsonOption = False,
+) -> None:
+    """Continue a prompt, with every large product blinded, lent and checked.
+
+    [bold]cloister generate ~/models/tinyllama -p "Once upon a time" -n 100[/bold]
+    """
+    runtime = o.RuntimeOptions(
+        file, weights, placement, addresses, workers, backend, pantry, when_empty, prefill, on_failure, timeout, context
+    )
+    text = _prompt(prompt)
+    sampling = o.sampling(max_tokens, temperature, top_k, top_p, min_p, seed, stop)
+    display = Display(quiet or as_json)
+    with loaded(model, runtime.settings(), display) as llm:
+        reply = _ask(llm, text, chat, sampling)
+        if as_json:
+            print(json.dumps(_record(reply, display)))
+            return
+        stream(llm, reply, display, quiet)
+        if reply.finished is not None and not quiet:
+            stderr().print(summary_text(reply.finished))
+
+
+def _prompt(prompt: str | None) -> str:
+    if prompt is not None and prompt != "-":
+        return prompt
+    if prompt is None and sys.stdin.isatty():
+        raise RequestError("There is no prompt.", remedy='Give one with -p "...", or pipe it in.')
+    return sys.stdin.read()
+
+
+def _ask(llm: LLM, text: str, chat: bool, sampling: dict[str, object]) -> Reply:
+    if chat:
+        return llm.chat([{"role": "user", "content": text}], **sampling)
+    return llm.generate(text, **sampling)
+
+
+def _record(reply: Reply, display: Display) -> dict[str, object]:
+    text = reply.text
+    finished = msgspec.to_builtins(reply.finished)
+    finished.pop("type", None)
+    return {
+        "text": text,
+        "token_ids": reply.token_ids,
+        **finished,
+        "incidents": [msgspec.to_builtins(event) for event in display.incidents],
+    }

@@ -1,0 +1,62 @@
+"""The `cloister` command: its groups, and what becomes of errors."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from cloister import __version__
+from cloister.cli import accelerator, bench, chat, demo, generate, inspect
+from cloister.cli.display import stderr
+from cloister.errors import CloisterError
+
+app = typer.Typer(
+    name="cloister",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help=(
+        "Run a Llama on hardware that you do not trust. Prompts, activations and the KV cache stay in an enclave process; "
+        "an untrusted accelerator multiplies blinded integers, and every answer is checked.\n\n"
+        "Begin with [bold]cloister demo[/bold], then [bold]cloister chat MODEL[/bold] with the folder of any Llama, Mistral "
+        "or Qwen model from Hugging Face."
+    ),
+)
+app.command("chat")(chat.chat)
+app.command("generate")(generate.generate)
+app.command("inspect")(inspect.inspect)
+app.command("demo")(demo.demo)
+app.command("accelerator")(accelerator.accelerator)
+app.add_typer(bench.app, name="bench")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"cloister {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Run a Llama on hardware that you do not trust."""
+
+
+def main() -> None:
+    """Runs the command line; a known error is one line and the exit code 1, with a traceback only under --debug."""
+    try:
+        app()
+    except CloisterError as error:
+        if "--debug" in sys.argv:
+            raise
+        console = stderr()
+        console.print(f"[bold red]error:[/bold red] {error.message}", soft_wrap=True)
+        if error.remedy:
+            console.print(f"  {error.remedy}", soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

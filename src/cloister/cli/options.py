@@ -1,0 +1,134 @@
+"""Options that several commands share, and how they become settings."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cloister.settings import (
+    Backend,
+    OnFailure,
+    Placement,
+    Prefill,
+    Settings,
+    Weights,
+    WhenEmpty,
+    from_toml,
+)
+
+ModelArgument = Annotated[
+    Path, typer.Argument(help="Folder of a Hugging Face model (config.json, safetensors, tokenizer.json).")
+]
+SettingsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--settings", help="TOML file with the tables blinding, accelerator and cache. Options below win over it."
+    ),
+]
+WeightsOption = Annotated[
+    Weights | None, typer.Option("--weights", help="int8: one plane. int8x2: a second one, fidelity close to bfloat16.")
+]
+PlacementOption = Annotated[
+    Placement | None,
+    typer.Option("--placement", help="blinded: lend linear layers. enclave: compute everything in the enclave."),
+]
+AddressOption = Annotated[
+    list[str] | None,
+    typer.Option("--accelerator", help="host:port of an accelerator on another host; repeat for spares."),
+]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", help="Worker processes on this host; later ones are spares.")
+]
+BackendOption = Annotated[Backend | None, typer.Option("--backend", help="What multiplies on a worker of this host.")]
+PantryOption = Annotated[int | None, typer.Option("--pantry", help="MiB of memory for pads made ahead of time.")]
+WhenEmptyOption = Annotated[WhenEmpty | None, typer.Option("--when-empty", help="What to do when no pad is left.")]
+PrefillOption = Annotated[Prefill | None, typer.Option("--prefill", help="Where the prompt's products run.")]
+OnFailureOption = Annotated[
+    OnFailure | None, typer.Option("--on-failure", help="Where the work of a failed accelerator goes.")
+]
+TimeoutOption = Annotated[float | None, typer.Option("--timeout", help="Seconds to wait for one product.")]
+ContextOption = Annotated[int | None, typer.Option("--context", help="Most tokens of a session.")]
+
+TokensOption = Annotated[int | None, typer.Option("--max-tokens", "-n", help="Longest answer in tokens.")]
+TemperatureOption = Annotated[
+    float | None, typer.Option("--temperature", "-t", help="0 always takes the likeliest token.")
+]
+TopKOption = Annotated[int | None, typer.Option("--top-k", help="Keep this many likeliest tokens (0: all).")]
+TopPOption = Annotated[float | None, typer.Option("--top-p", help="Keep the likeliest tokens that hold this share.")]
+MinPOption = Annotated[float | None, typer.Option("--min-p", help="Drop tokens below this share of the likeliest.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Make the choices repeatable.")]
+StopOption = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the answer; repeatable.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the answer and nothing else.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for scripts.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class RuntimeOptions:
+    """The options of a command that say how the model runs; None leaves a choice to the file, then to the default."""
+
+    file: Path | None = None
+    weights: Weights | None = None
+    placement: Placement | None = None
+    addresses: list[str] | None = None
+    workers: int | None = None
+    backend: Backend | None = None
+    pantry_mib: int | None = None
+    when_empty: WhenEmpty | None = None
+    prefill: Prefill | None = None
+    on_failure: OnFailure | None = None
+    timeout_seconds: float | None = None
+    context: int | None = None
+
+    def settings(self) -> Settings:
+        """Returns the settings: the file's, changed by the options that were given.
+
+        Raises:
+            SettingsError: the file cannot be read, or a value is out of range.
+        """
+        base = from_toml(self.file) if self.file else Settings()
+        blinding = {
+            "weights": self.weights,
+            "placement": self.placement,
+            "pantry_bytes": None if self.pantry_mib is None else self.pantry_mib * 2**20,
+            "when_empty": self.when_empty,
+            "prefill": self.prefill,
+        }
+        accelerator = {
+            "addresses": tuple(self.addresses) if self.addresses else None,
+            "workers": self.workers,
+            "backend": self.backend,
+            "timeout_seconds": self.timeout_seconds,
+            "on_failure": self.on_failure,
+        }
+        return Settings(
+            blinding=dataclasses.replace(base.blinding, **_given(blinding)),
+            accelerator=dataclasses.replace(base.accelerator, **_given(accelerator)),
+            cache=dataclasses.replace(base.cache, **_given({"max_context": self.context})),
+        )
+
+
+def sampling(
+    max_tokens: int | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    seed: int | None,
+    stop: list[str] | None,
+) -> dict[str, object]:
+    """Returns the sampling arguments that were given."""
+    values: dict[str, object | None] = {
+        "max_new_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
+        "stop": tuple(stop) if stop else None,
+    }
+    return _given(values)
+
+
+def _given(values: dict[str, object | None]) -> dict[str, object]:
+    return {key: value for key, value in values.items() if value is not None}

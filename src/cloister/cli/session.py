@@ -1,0 +1,43 @@
+"""Talking to a model from the terminal: loading it with progress, streaming an answer, Ctrl-C."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from cloister.cli.display import AnswerView, Display
+from cloister.local.client import LLM, Reply
+from cloister.settings import Settings
+from cloister.wire.session import Rehearsal
+
+
+@contextmanager
+def loaded(model: Path, settings: Settings, display: Display, rehearsal: Rehearsal | None = None) -> Iterator[LLM]:
+    """Yields the model, loaded with progress bars; closes it afterwards."""
+    with display.loading():
+        llm = LLM(model, settings, rehearsal=rehearsal, listener=display)
+    with llm:
+        yield llm
+
+
+@contextmanager
+def cancellable(llm: LLM) -> Iterator[None]:
+    """Makes the first Ctrl-C inside the block stop the generation, and the second one the program."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, previous)
+        llm.cancel()
+
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def stream(llm: LLM, reply: Reply, display: Display, quiet: bool) -> None:
+    """Shows a reply as it is generated."""
+    with cancellable(llm), AnswerView(display, quiet) as view:
+        for delta in reply.deltas():
+            view.write(delta.text, len(delta.token_ids))
