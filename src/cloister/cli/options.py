@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -87,14 +87,14 @@ class RuntimeOptions:
             SettingsError: the file cannot be read, or a value is out of range.
         """
         base = from_toml(self.file) if self.file else Settings()
-        blinding = {
+        blinding: dict[str, Any] = {
             "weights": self.weights,
             "placement": self.placement,
             "pantry_bytes": None if self.pantry_mib is None else self.pantry_mib * 2**20,
             "when_empty": self.when_empty,
             "prefill": self.prefill,
         }
-        accelerator = {
+        accelerator: dict[str, Any] = {
             "addresses": tuple(self.addresses) if self.addresses else None,
             "workers": self.workers,
             "backend": self.backend,
@@ -130,5 +130,5 @@ def sampling(
     return _given(values)
 
 
-def _given(values: dict[str, object | None]) -> dict[str, object]:
+def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}

@@ -9,22 +9,54 @@
 The rows of K and V are checked, like every product, before they enter the cache.
 """
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import numpy as np
 from jaxtyping import Float32, Int32
 
 from cloister.arith.team import Team
+from cloister.blinding.linear import LentLinear
 from cloister.enclave.kernels import add_rms_norm, attention, rms_norm, rotate_and_store, swiglu
-from cloister.enclave.kvcache import PagedKVCache, Sequence
-from cloister.enclave.outsource import Gate
+from cloister.enclave.kvcache import CachedSequence, PagedKVCache
 from cloister.enclave.prepare import LINEARS_PER_LAYER, EnclaveModel
 from cloister.model.rope import RotaryEmbedding
+
+
+class LinearGate(Protocol):
+    """Whatever computes linear layers: the gate of `enclave.outsource`, or a baseline."""
+
+    @property
+    def linears(self) -> Sequence[LentLinear]:
+        """The linears in the order they are used."""
+        ...
+
+    def lends(self, tokens: int) -> bool:
+        """Whether a pass over `tokens` rows is lent."""
+        ...
+
+    def linear(
+        self,
+        index: int,
+        x: Float32[np.ndarray, "tokens d_in"],
+        out: Float32[np.ndarray, "tokens d_out"],
+        lend: bool = True,
+    ) -> None:
+        """Fills `out` with linear `index` of `x`."""
+        ...
 
 
 class Forward:
     """The forward pass over one paged sequence."""
 
     def __init__(
-        self, model: EnclaveModel, gate: Gate, cache: PagedKVCache, *, shape_hiding: int = 0, team: Team | None = None
+        self,
+        model: EnclaveModel,
+        gate: LinearGate,
+        cache: PagedKVCache,
+        *,
+        shape_hiding: int = 0,
+        team: Team | None = None,
     ) -> None:
         self._model = model
         self._gate = gate
@@ -125,7 +157,7 @@ class Forward:
         return -(-rows // self._bucket) * self._bucket
 
     @staticmethod
-    def _where(sequence: Sequence, first: int) -> Int32[np.ndarray, " n"]:
+    def _where(sequence: CachedSequence, first: int) -> Int32[np.ndarray, " n"]:
         return np.concatenate([np.array([first], np.int32), sequence.table[: sequence.pages]])
 
 

@@ -15,7 +15,7 @@ from cloister.errors import RequestError
 
 
 @dataclass
-class Sequence:
+class CachedSequence:
     """One sequence of the cache: its pages, in order, and how many tokens they hold."""
 
     table: Int32[np.ndarray, " pages"] = field(repr=False)
@@ -45,11 +45,11 @@ class PagedKVCache:
         """Pages that no sequence holds."""
         return len(self._free)
 
-    def sequence(self) -> Sequence:
+    def sequence(self) -> CachedSequence:
         """Returns a new, empty sequence."""
-        return Sequence(np.zeros(self.keys.shape[1], np.int32))
+        return CachedSequence(np.zeros(self.keys.shape[1], np.int32))
 
-    def grow(self, sequence: Sequence, tokens: int) -> None:
+    def grow(self, sequence: CachedSequence, tokens: int) -> None:
         """Makes room for `tokens` more tokens.
 
         Raises:
@@ -66,7 +66,7 @@ class PagedKVCache:
             sequence.pages += 1
         sequence.tokens += tokens
 
-    def truncate(self, sequence: Sequence, tokens: int) -> None:
+    def truncate(self, sequence: CachedSequence, tokens: int) -> None:
         """Cuts a sequence down to its first `tokens` tokens; pages that become free are zeroed."""
         if tokens >= sequence.tokens:
             return

@@ -8,7 +8,7 @@ Does not cover: private weights. Here the whole base checkpoint is public, by th
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 from jaxtyping import Float32
@@ -54,8 +54,16 @@ class EnclaveModel:
     linears: tuple[LentLinear, ...]
     layers: tuple[LayerWeights, ...]
     final_norm: Float32[np.ndarray, " hidden"]
-    embedding: "Embedding"
+    embedding: "EmbeddingTable"
     quantized_bytes: int = field(default=0)
+
+
+class EmbeddingTable(Protocol):
+    """Looks embeddings up, inside the enclave."""
+
+    def rows(self, tokens: list[int]) -> Float32[np.ndarray, "tokens hidden"]:
+        """Returns the embeddings of `tokens`."""
+        ...
 
 
 class Embedding:
