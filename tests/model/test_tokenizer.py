@@ -198,6 +198,16 @@ def test_a_damaged_tokenizer_is_a_tokenizer_error(content: bytes, tmp_path: Path
         Tokenizer.open(tmp_path)
 
 
+def test_a_tokenizer_whose_native_code_fails_is_refused_when_it_is_opened(tmp_path: Path) -> None:
+    directory_of(tmp_path, words_tokenizer(True))
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["post_processor"]["single"][0]["SpecialToken"]["id"] = "<gone>"
+    path.write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match="not a usable tokenizer"):
+        Tokenizer.open(tmp_path)
+
+
 @pytest.mark.parametrize(
     "config",
     [

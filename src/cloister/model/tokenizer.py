@@ -7,13 +7,14 @@ Does not cover: streaming (see `enclave.detokenise`); tokenizers without a `toke
 library, it follows that file alone, where some releases of transformers rebuild parts of it by the name of the class.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-from cloister.errors import RequestError, TokenizerError
+from cloister.errors import CloisterError, RequestError, TokenizerError
 from cloister.model.chat_template import MAX_TEMPLATE_CHARACTERS, ChatTemplate
 from cloister.model.files import read_bytes, read_object
 from cloister.model.generation_config import token_ids
@@ -95,10 +96,8 @@ class Tokenizer:
             RequestError: `text` cannot be tokenised.
         """
         by_file = add_special_tokens and self._add_bos is None
-        try:
+        with _library(RequestError("The text cannot be tokenised.", remedy="It must be valid Unicode.")):
             ids = list(self._fast.encode(text, add_special_tokens=by_file).ids)
-        except Exception as error:  # the library raises bare exceptions
-            raise RequestError("The text cannot be tokenised.", remedy="It must be valid Unicode.") from error
         if add_special_tokens and not by_file:
             ids = self._begun(ids)
             if self._add_eos and self.eos_id is not None:
@@ -115,10 +114,8 @@ class Tokenizer:
         """
         # The library itself fails to skip special tokens that are marked as normalised.
         kept = [token for token in ids if token not in self._special_ids] if skip_special_tokens else list(ids)
-        try:
+        with _library(RequestError("These numbers are not token ids.")):
             return str(self._fast.decode(kept, skip_special_tokens=False))
-        except Exception as error:
-            raise RequestError("These numbers are not token ids.") from error
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """Returns the prompt of a chat, by the model's own template.
@@ -161,15 +158,27 @@ def _read_fast(directory: Path) -> HuggingFaceTokenizer:
             )
         raise TokenizerError(f"{directory} has no tokenizer.json.", remedy=f"Fetch it, or make it: {convert}.")
     content = read_bytes(path, kind=TokenizerError)
-    try:
+    with _library(TokenizerError(f"{path} is not a usable tokenizer.", remedy="Fetch it again.")):
         fast = HuggingFaceTokenizer.from_buffer(content)
         fast.no_truncation()
         fast.no_padding()
+        # A post-processor that names tokens which are not there loads, and fails at the first text.
+        fast.decode(fast.encode("a", add_special_tokens=True).ids)
+    return fast
+
+
+@contextmanager
+def _library(failure: CloisterError) -> Iterator[None]:
+    """Raises `failure` for whatever the tokenizer library raises: bare exceptions, and panics of its native code.
+
+    Not chained: the library's errors can hold the text.
+    """
+    try:
+        yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of the library's native code is not an Exception
-        raise TokenizerError(f"{path} is not a usable tokenizer: {error}.", remedy="Fetch it again.") from error
-    return fast
+    except BaseException:  # a panic is no Exception
+        raise failure from None
 
 
 def _check_added_tokens(path: Path, config: Mapping[str, Any], fast: HuggingFaceTokenizer) -> None:
