@@ -167,7 +167,7 @@ def test_a_template_file_wins_over_the_config(tmp_path: Path) -> None:
     assert Tokenizer.open(tmp_path).render_chat(HELLO) == "<s> <|turn|> hello <|end|>"
 
 
-@pytest.mark.parametrize("form", [None, [{"name": "tool_use", "template": TEMPLATE}], []])
+@pytest.mark.parametrize("form", [None, [{"name": "tool_use", "template": TEMPLATE}], [], [{"name": []}], [3]])
 def test_without_a_chat_template_a_chat_is_refused_with_the_remedy(form: Any, tmp_path: Path) -> None:
     tokenizer = opened(tmp_path, chat_template=form)
     assert not tokenizer.has_chat_template

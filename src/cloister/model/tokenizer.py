@@ -218,8 +218,9 @@ def _template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
         except UnicodeDecodeError as error:
             raise TokenizerError(f"{path} is not UTF-8.", remedy="Fetch it again.") from error
     if isinstance(value, list):
-        value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-    if isinstance(value, dict):
+        named = [entry for entry in value if isinstance(entry, dict) and entry.get("name") == "default"]
+        value = named[0].get("template") if named else None
+    elif isinstance(value, dict):
         value = value.get("default")
     if value is not None and not isinstance(value, str):
         raise TokenizerError(f"{directory}: chat_template is not a text.", remedy="Fetch tokenizer_config.json again.")
