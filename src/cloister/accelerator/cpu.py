@@ -24,6 +24,10 @@ from cloister.settings import Backend
 _TRIAL_SHAPE: Final = (2048, 2048)
 _TRIAL_REPEATS: Final = 5
 
+LOOKS: Final = 1000
+"""How long the threads of a worker watch for the next product before they sleep: longer than the enclave takes between
+two products of a decode step."""
+
 
 class Multiplier(Protocol):
     """Multiplies rows by weights that it has prepared."""
@@ -48,7 +52,7 @@ class NumbaMultiplier:
     """The product of `arith.product`, on a team of threads."""
 
     def __init__(self, threads: int) -> None:
-        self._team = Team(threads)
+        self._team = Team(threads, looks=LOOKS)
         self.name = f"numba {best_instruction_set()}"
 
     def prepare(self, matrix: Int8[np.ndarray, "d_out d_in"]) -> object:

@@ -23,8 +23,9 @@ PLANE_BYTES_PER_BLOCK: Final = 512 * 1024
 """Digit planes of one block of tokens: half of a typical second-level cache."""
 
 _block_6x4_512 = dot_block(6, PLANES, 512)
+_block_6x4_512_first = dot_block(6, PLANES, 512, fetch_next=True)
 _block_1x4_512 = dot_block(1, PLANES, 512)
-_block_8x2_512 = dot_block(8, 2, 512)
+_block_8x2_512 = dot_block(8, 2, 512, fetch_next=True)
 _block_1x2_512 = dot_block(1, 2, 512)
 _block_2x4_256 = dot_block(2, PLANES, 256)
 _block_1x4_256 = dot_block(1, PLANES, 256)
@@ -116,7 +117,10 @@ def _modular_512(weight, planes, out, start, stop):  # type: ignore[no-untyped-d
     whole = start + (stop - start) // 6 * 6
     for j in range(start, whole, 6):
         for t in range(planes.shape[0]):
-            _block_6x4_512(w + j * d_in, d_in, x + t * stride, plane, steps, sums.ctypes.data)
+            if t == 0:
+                _block_6x4_512_first(w + j * d_in, d_in, x, plane, steps, sums.ctypes.data)
+            else:
+                _block_6x4_512(w + j * d_in, d_in, x + t * stride, plane, steps, sums.ctypes.data)
             if steps * 64 < d_in:
                 _add_tail(weight, planes, sums, j, 6, t, steps * 64)
             for i in range(6):

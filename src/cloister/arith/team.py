@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
+from cloister.arith.doorbell import Doorbell
+
 Loop = Callable[[int, int], None]
 """A loop body over the range [start, stop). It should release the interpreter lock while it works."""
 
@@ -20,49 +22,51 @@ def usable_cores() -> int:
 
 
 class _Helper:
-    """A thread that waits for a range, works on it and says so. Locks serve as doorbells: they wake in microseconds."""
+    """A thread that waits for work, does it and says so."""
 
-    def __init__(self) -> None:
-        self._bell = threading.Lock()
-        self._done = threading.Lock()
-        self._bell.acquire()
-        self._done.acquire()
+    def __init__(self, looks: int) -> None:
+        self._start = Doorbell(looks)
+        self._done = Doorbell(looks)
         self._work: Callable[[], None] | None = None
         self._error: BaseException | None = None
         threading.Thread(target=self._run, name="team-helper", daemon=True).start()
 
     def start(self, work: Callable[[], None]) -> None:
         self._work = work
-        self._bell.release()
+        self._start.ring()
 
     def join(self) -> BaseException | None:
-        self._done.acquire()
+        self._done.wait()
         error, self._error = self._error, None
         return error
 
     def stop(self) -> None:
         self._work = None
-        self._bell.release()
+        self._start.ring()
 
     def _run(self) -> None:
         while True:
-            self._bell.acquire()
+            self._start.wait()
             if self._work is None:
                 return
             try:
                 self._work()
             except BaseException as error:
                 self._error = error
-            self._done.release()
+            self._done.ring()
 
 
 class Team:
     """Splits loops among the calling thread and `threads - 1` helpers. One loop at a time; callers queue."""
 
-    def __init__(self, threads: int = 0) -> None:
-        """Starts the helpers; `threads` 0 means one per usable core."""
+    def __init__(self, threads: int = 0, looks: int = 0) -> None:
+        """Starts the helpers; `threads` 0 means one per usable core.
+
+        `looks`: how long a helper watches for the next loop before it sleeps (see `Doorbell`). It buys latency with
+        processor time, so the enclave leaves it at 0.
+        """
         count = threads or usable_cores()
-        self._helpers = [_Helper() for _ in range(count - 1)]
+        self._helpers = [_Helper(looks) for _ in range(count - 1)]
         self._turn = threading.Lock()
         self._closed = False
 

@@ -35,12 +35,13 @@ def best_instruction_set() -> InstructionSet:
     return InstructionSet.PORTABLE
 
 
-def dot_block(weights: int, planes: int, width_bits: int) -> Callable[..., Any]:
+def dot_block(weights: int, planes: int, width_bits: int, *, fetch_next: bool = False) -> Callable[..., Any]:
     """Returns an intrinsic `(w, w_stride, x, x_stride, steps, out)` for compiled code.
 
     It adds up `weights` x `planes` dot products: of `weights` int8 rows at address `w` and `planes` uint8 rows at
     address `x`, strides in bytes, over `steps` vectors of `width_bits`; `out` is the address of int32
-    [weights, planes]. It reads exactly `steps * width_bits / 8` bytes of each row.
+    [weights, planes]. It reads exactly `steps * width_bits / 8` bytes of each row. With `fetch_next` it asks the cache for the
+    following `weights` rows meanwhile (a hint, which never faults): the processor's own prefetchers stop at page ends.
     """
     lanes = width_bits // 32
     suffix = str(width_bits)
@@ -48,13 +49,16 @@ def dot_block(weights: int, planes: int, width_bits: int) -> Callable[..., Any]:
     @intrinsic  # type: ignore[untyped-decorator]
     def block(_context: Any, w: Any, w_stride: Any, x: Any, x_stride: Any, steps: Any, out: Any) -> Any:
         signature = types.void(types.intp, types.intp, types.intp, types.intp, types.intp, types.intp)
-        return signature, lambda _c, builder, _s, args: _emit(builder, args, weights, planes, lanes, suffix)
+        return signature, lambda _c, builder, _s, args: _emit(
+            builder, args, (weights, planes, lanes), suffix, fetch_next
+        )
 
     result: Callable[..., Any] = block
     return result
 
 
-def _emit(builder: Any, args: Any, weights: int, planes: int, lanes: int, suffix: str) -> Any:
+def _emit(builder: Any, args: Any, shape: tuple[int, int, int], suffix: str, fetch_next: bool) -> Any:
+    weights, planes, lanes = shape
     w, w_stride, x, x_stride, steps, out = args
     i8, i32, i64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
     lane_vector, bytes_vector = ir.VectorType(i32, lanes), ir.VectorType(i8, 4 * lanes)
@@ -66,6 +70,10 @@ def _emit(builder: Any, args: Any, weights: int, planes: int, lanes: int, suffix
     )
     total = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(i32, [lane_vector]), f"llvm.vector.reduce.add.v{lanes}i32"
+    )
+
+    fetch = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(ir.VoidType(), [i8.as_pointer(), i32, i32, i32]), "llvm.prefetch.p0"
     )
 
     def load(address: Any) -> Any:
@@ -87,7 +95,11 @@ def _emit(builder: Any, args: Any, weights: int, planes: int, lanes: int, suffix
     x_values = [load(builder.add(row, offset)) for row in x_rows]
     added = []
     for i, row in enumerate(w_rows):
-        w_value = load(builder.add(row, offset))
+        address = builder.add(row, offset)
+        w_value = load(address)
+        if fetch_next:
+            following_block = builder.add(address, builder.mul(w_stride, i64(weights)))
+            builder.call(fetch, [builder.inttoptr(following_block, i8.as_pointer()), i32(0), i32(3), i32(1)])
         added += [builder.call(dot, [sums[i * planes + j], x_values[j], w_value]) for j in range(planes)]
     following = builder.add(step, i64(1))
     step.add_incoming(following, loop)
