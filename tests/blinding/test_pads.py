@@ -43,7 +43,8 @@ def test_the_one_word_that_is_no_element_is_redrawn() -> None:
     assert field_elements(words) == 2
     np.testing.assert_array_equal(words.view(np.int32)[2:], [0, HALF, -HALF, -1])
     source = PadSource()
-    redrawn = source._redraw(np.array([HALF + 1, 5], np.uint32))
+    redrawn = np.array([HALF + 1, 5], np.uint32)
+    source._redraw(redrawn)
     assert redrawn[1] == 5
     assert abs(int(redrawn.view(np.int32)[0])) <= HALF
 
@@ -129,3 +130,21 @@ def test_the_mill_fills_the_pantry_when_idle_and_for_a_waiter(linears: list[Lent
     finally:
         mill.close()
     assert not any(thread.name == "pad-mill" for thread in threading.enumerate())
+
+
+def test_memory_of_used_pads_is_used_again_but_never_while_a_pad_holds_it(linears: list[LentLinear]) -> None:
+    pantry = Pantry(linears, 10**6, PadSource())
+    pantry.stock(32)
+    held = pantry.take(0, 32)  # the block is used up, and this pad still needs it
+    pantry.stock(32)
+    x = np.ones((32, 16), np.float32)
+    blinded, opening = held.blind(x)
+    out, here = np.empty((32, 8), np.float32), np.empty((32, 8), np.float32)
+    opening.recover(field.product(blinded.rows, linears[0].weight.matrix), out)
+    linears[0].compute(x, here)
+    np.testing.assert_array_equal(out, here)
+    del held, opening
+    first = pantry._shelves[0].retired[0][0].ctypes.data
+    pantry.take(0, 32)
+    pantry.stock(32)
+    assert pantry._shelves[0].blocks[0][0].ctypes.data == first

@@ -24,7 +24,7 @@ from cloister.errors import (
     WireError,
 )
 from cloister.settings import Backend
-from cloister.wire.codec import HEADER_BYTES, MAX_ERROR_BYTES, MAX_WEIGHTS, Frame, Kind, decode
+from cloister.wire.codec import HEADER_BYTES, MAX_ERROR_BYTES, MAX_WEIGHTS, Frame, Kind, decode, encode_pair
 from cloister.wire.messages import Blinded, PublicWeight
 from cloister.wire.sealed_memory import Arena, SealedMatrix
 
@@ -112,9 +112,12 @@ class SharedMemoryAccelerator:
             raise AcceleratorProtocolError(f"Rows of {blinded.rows.shape[1]} do not fit a weight of {d_out} x {d_in}.")
         request, answer = self._arenas_for(rows * d_in, rows * d_out)
         np.copyto(request.words[: rows * d_in].reshape(rows, d_in), blinded.rows)
-        self._send(Frame(Kind.MULTIPLY, self._next(), index, rows, d_in, d_out))
-        frame = self._receive(Kind.PRODUCT, timeout_seconds)
-        if (frame.weight, frame.rows, frame.d_in, frame.d_out) != (index, rows, d_in, d_out):
+        self._request += 1
+        header, expected = encode_pair(self._request, index, rows, d_in, d_out)
+        self._send_bytes(header)
+        length = self._wait(timeout_seconds)
+        if length != HEADER_BYTES or not self._buffer.startswith(expected):  # anything else is explained at leisure
+            self._checked(length, Kind.PRODUCT)
             raise self._fail(AcceleratorProtocolError(f"The worker {self.name} answered with another shape."))
         return answer.words[: rows * d_out].reshape(rows, d_out)
 
@@ -164,18 +167,24 @@ class SharedMemoryAccelerator:
         self._request += 1
         return self._request
 
-    def _send(self, frame: Frame, descriptors: list[int] | None = None) -> None:
+    def _send(self, frame: Frame, descriptors: list[int]) -> None:
         try:
-            if descriptors:
-                socket.send_fds(self._sock, [frame.encode()], descriptors)
-            else:
-                self._sock.send(frame.encode())
+            socket.send_fds(self._sock, [frame.encode()], descriptors)
+        except OSError as error:
+            raise self._fail(self._lost()) from error
+
+    def _send_bytes(self, header: bytes) -> None:
+        try:
+            self._sock.send(header)
         except OSError as error:
             raise self._fail(self._lost()) from error
 
     def _receive(self, kind: Kind, timeout_seconds: float) -> Frame:
         """Returns the answer to the last request, or closes this accelerator."""
-        length = self._wait(timeout_seconds)
+        return self._checked(self._wait(timeout_seconds), kind)
+
+    def _checked(self, length: int, kind: Kind) -> Frame:
+        """Returns the frame just received if it answers the last request in `kind`, or closes this accelerator."""
         frame = self._decoded(length, [kind, Kind.ERROR])
         if frame.request != self._request:
             raise self._fail(

@@ -43,16 +43,21 @@ class LentLinear:
 
     def make_pad(self, tokens: int, source: PadSource, team: Team | None = None) -> Pad:
         """Returns a fresh pad for `tokens` rows: draws r and computes u = r W, one exact integer product."""
-        return Pad(self, *self.make_pad_rows(tokens, source, team))
-
-    def make_pad_rows(
-        self, tokens: int, source: PadSource, team: Team | None = None
-    ) -> tuple[Int32[np.ndarray, "tokens d_in"], Int32[np.ndarray, "tokens outputs"]]:
-        """Returns fresh `(r, r W mod P)`, for the pantry to keep."""
-        r = source.elements(tokens, self.d_in)
+        r = np.empty((tokens, self.d_in), np.int32)
         u = np.empty((tokens, self.weight.shape[0]), np.int32)
+        self.fill_pad(r, u, source, team)
+        return Pad(self, r, u)
+
+    def fill_pad(
+        self,
+        r: Int32[np.ndarray, "tokens d_in"],
+        u: Int32[np.ndarray, "tokens outputs"],
+        source: PadSource,
+        team: Team | None = None,
+    ) -> None:
+        """Overwrites `r` with fresh uniform rows and `u` with `r W` modulo P."""
+        source.fill(r)
         modular_product(self.weight.matrix, r, u, team)
-        return r, u
 
     def compute(
         self, x: Float32[np.ndarray, "tokens d_in"], out: Float32[np.ndarray, "tokens d_out"], team: Team | None = None

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 _NOT_AN_ELEMENT: Final = HALF + 1
 
+_ZEROS: Final = memoryview(bytes(2**20))
+"""What is encrypted to get the bare key stream, a mebibyte at a time."""
+
 
 class PadSource:
     """Uniform field elements from AES-256-CTR under a key of the operating system's randomness."""
@@ -40,29 +43,34 @@ class PadSource:
 
     def elements(self, rows: int, columns: int) -> Int32[np.ndarray, "rows columns"]:
         """Returns fresh uniform centred elements, by rejection: 31 random bits, redrawn when they equal P."""
+        elements = np.empty((rows, columns), np.int32)
+        self.fill(elements)
+        return elements
+
+    def fill(self, elements: Int32[np.ndarray, "rows columns"]) -> None:
+        """Overwrites a contiguous array with fresh uniform centred elements, as `elements` returns them."""
         if os.getpid() != self._owner:
             raise BlindingError(
                 "This process was forked from the one that owns the pad stream.",
                 remedy="Start a new process instead: two processes must never share pads.",
             )
-        words = self._words(rows * columns)
+        words = elements.reshape(-1).view(np.uint32)
+        self._random(words)
         if field_elements(words):
-            words = self._redraw(words)
-        return words.view(np.int32).reshape(rows, columns)
+            self._redraw(words)
 
-    def _words(self, count: int) -> np.ndarray:
-        words = np.zeros(count, np.uint32)
-        view = words.data.cast("B")
-        self._stream.update_into(bytes(4 * count), view)
-        return words
+    def _random(self, words: np.ndarray) -> None:
+        target = words.data.cast("B")
+        for start in range(0, len(target), len(_ZEROS)):
+            piece = target[start : start + len(_ZEROS)]
+            self._stream.update_into(_ZEROS[: len(piece)], piece)
 
-    def _redraw(self, words: np.ndarray) -> np.ndarray:
+    def _redraw(self, words: np.ndarray) -> None:
         for index in np.flatnonzero(words == _NOT_AN_ELEMENT):
-            fresh = self._words(1)
+            fresh = words[index : index + 1]
+            self._random(fresh)
             while field_elements(fresh):
-                fresh = self._words(1)
-            words[index] = fresh[0]
-        return words
+                self._random(fresh)
 
 
 class Pad:

@@ -6,9 +6,11 @@ survives a restart. Safe for one taker and one maker in different threads.
 Does not cover: when to stock (`blinding.mill`) and what to do when the pantry is empty (`enclave.outsource`).
 """
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import numpy as np
 from jaxtyping import Int32
@@ -22,21 +24,28 @@ Progress = Callable[[int, int], None]
 """Called with (tokens stocked, tokens wanted)."""
 
 
+_ALONE: Final = 3
+"""References to an array that only its shelf holds: the tuple's, the local variable's, and the argument's."""
+
+Block = tuple[Int32[np.ndarray, "n d_in"], Int32[np.ndarray, "n outputs"]]
+
+
 class _Shelf:
     """The pads of one linear: blocks of rows, oldest first, each row handed out once."""
 
-    __slots__ = ("blocks", "next_row", "rows")
+    __slots__ = ("blocks", "next_row", "retired", "rows")
 
     def __init__(self) -> None:
-        self.blocks: deque[tuple[Int32[np.ndarray, "n d_in"], Int32[np.ndarray, "n outputs"]]] = deque()
+        self.blocks: deque[Block] = deque()
+        self.retired: deque[Block] = deque()
         self.next_row = 0  # first unused row of the oldest block
         self.rows = 0
 
-    def add(self, r: Int32[np.ndarray, "n d_in"], u: Int32[np.ndarray, "n outputs"]) -> None:
-        self.blocks.append((r, u))
-        self.rows += r.shape[0]
+    def add(self, block: Block) -> None:
+        self.blocks.append(block)
+        self.rows += block[0].shape[0]
 
-    def take(self, count: int) -> tuple[Int32[np.ndarray, "n d_in"], Int32[np.ndarray, "n outputs"]]:
+    def take(self, count: int) -> Block:
         pieces = []
         wanted = count
         while wanted:
@@ -46,7 +55,7 @@ class _Shelf:
             wanted -= stop - self.next_row
             self.next_row = stop
             if stop == r.shape[0]:
-                self.blocks.popleft()
+                self.retired.append(self.blocks.popleft())
                 self.next_row = 0
         self.rows -= count
         if len(pieces) == 1:
@@ -56,6 +65,21 @@ class _Shelf:
             r.fill(0)
             u.fill(0)
         return joined
+
+    def recycle(self, rows: int) -> Block | None:
+        """Returns the memory of a used-up block of `rows` rows, or None.
+
+        Fresh memory costs a page fault per 4 KiB, more than the product itself on some machines. A block is used again
+        only when nothing refers to it any more: a pad in use holds views, and views hold their block.
+        """
+        while self.retired:
+            r, u = self.retired[0]
+            if sys.getrefcount(r) > _ALONE or sys.getrefcount(u) > _ALONE:
+                return None
+            self.retired.popleft()
+            if r.shape[0] == rows:
+                return r, u
+        return None
 
 
 class Pantry:
@@ -126,8 +150,14 @@ class Pantry:
                 progress(self.level_tokens, target)
 
     def _add(self, index: int, tokens: int) -> None:
+        linear, shelf = self._linears[index], self._shelves[index]
         with self._making:
-            r, u = self._linears[index].make_pad_rows(tokens, self._source, self._team)
+            with self._changed:
+                block = shelf.recycle(tokens)
+            if block is None:
+                outputs = linear.weight.shape[0]
+                block = np.empty((tokens, linear.d_in), np.int32), np.empty((tokens, outputs), np.int32)
+            linear.fill_pad(*block, self._source, self._team)
         with self._changed:
-            self._shelves[index].add(r, u)
+            shelf.add(block)
             self._changed.notify_all()

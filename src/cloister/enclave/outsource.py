@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int32
 
 from cloister.accelerator.api import Accelerator
 from cloister.arith.team import Team
@@ -85,6 +85,8 @@ class Gate:
         self._settings = settings
         self._team = team
         self._on_incident = on_incident
+        self._scratch = np.empty(0, np.int32)
+        self._timeout = settings.accelerator.timeout_seconds
         self._lend = settings.blinding.placement is Placement.BLINDED and bool(self._healthy)
 
     @property
@@ -142,18 +144,25 @@ class Gate:
         blind_done = time.perf_counter()
         counters.blind_seconds += blind_done - started
         try:
-            answer = accelerator.multiply(linear.weight.weight_id, blinded, self._settings.accelerator.timeout_seconds)
+            answer = accelerator.multiply(linear.weight.weight_id, blinded, self._timeout)
         finally:
             answered = time.perf_counter()
             counters.lent_seconds += answered - blind_done
             counters.bytes_sent += blinded.rows.nbytes
         check_product(answer, x.shape[0], linear.weight.shape[0])
-        private = answer.copy()  # the accelerator can still write `answer`
+        private = self._private(answer.size).reshape(answer.shape)
+        np.copyto(private, answer)  # the accelerator can still write `answer`
         opening.recover(private, out)
         counters.recover_seconds += time.perf_counter() - answered
         counters.bytes_received += private.nbytes
         counters.products += 1
         counters.rows += x.shape[0]
+
+    def _private(self, words: int) -> Int32[np.ndarray, " words"]:
+        """Returns enclave memory for an answer, the same for each: fresh memory would cost page faults."""
+        if self._scratch.size < words:
+            self._scratch = np.empty(words, np.int32)
+        return self._scratch[:words]
 
     def _computed_here(
         self, index: int, x: Float32[np.ndarray, "tokens d_in"], out: Float32[np.ndarray, "tokens d_out"]

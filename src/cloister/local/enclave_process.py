@@ -107,7 +107,7 @@ class EnclaveProcess:
             if lend:
                 self._session.send(Progress("registering", done, len(model.linears), "weights"))
         context = min(settings.cache.max_context or DEFAULT_CONTEXT, spec.max_positions)
-        pantry = Pantry(model.linears, settings.blinding.pantry_bytes if lend else 0, source, team)
+        pantry = Pantry(model.linears, settings.blinding.pantry_bytes if lend else 0, source)
         if lend:
             target = min(pantry.capacity_tokens, context)
             pantry.stock(
