@@ -4,7 +4,7 @@ Covers: the whole vocabulary between the enclave and an accelerator. Does not co
 may be malicious: it may read, keep and answer anything. The enclave checks every product (`enclave.outsource`).
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -12,6 +12,7 @@ from jaxtyping import Int32
 from cloister.wire.messages import Blinded, PublicWeight
 
 
+@runtime_checkable
 class Accelerator(Protocol):
     """Something that multiplies blinded rows by public weights. One request at a time."""
 

@@ -7,7 +7,7 @@ where they lie, at the speed of memory); elsewhere it times what is installed on
 import importlib.util
 import time
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int8, Int32
@@ -29,6 +29,7 @@ LOOKS: Final = 1000
 two products of a decode step."""
 
 
+@runtime_checkable
 class Multiplier(Protocol):
     """Multiplies rows by weights that it has prepared."""
 

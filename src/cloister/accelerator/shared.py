@@ -110,7 +110,7 @@ class SharedMemoryAccelerator:
         rows = blinded.rows.shape[0]
         if blinded.rows.shape[1] != d_in:
             raise AcceleratorProtocolError(f"Rows of {blinded.rows.shape[1]} do not fit a weight of {d_out} x {d_in}.")
-        request, answer = self._arenas_for(rows * d_in, rows * d_out)
+        request, answer = self._arenas_for(rows * d_in, rows * d_out, timeout_seconds)
         np.copyto(request.words[: rows * d_in].reshape(rows, d_in), blinded.rows)
         self._request += 1
         header, expected = encode_pair(self._request, index, rows, d_in, d_out)
@@ -148,7 +148,7 @@ class SharedMemoryAccelerator:
             self._backend = self._text(length)
             self._ready = True
 
-    def _arenas_for(self, request_words: int, answer_words: int) -> tuple[Arena, Arena]:
+    def _arenas_for(self, request_words: int, answer_words: int, timeout_seconds: float) -> tuple[Arena, Arena]:
         current = self._arenas
         if current and current[0].size >= 4 * request_words and current[1].size >= 4 * answer_words:
             return current
@@ -157,7 +157,7 @@ class SharedMemoryAccelerator:
             sizes = [max(size, arena.size) for size, arena in zip(sizes, current, strict=True)]
         arenas = (Arena.create(sizes[0]), Arena.create(sizes[1]))
         self._send(Frame(Kind.ARENAS, self._next()), [arena.fd for arena in arenas])
-        self._receive(Kind.READY, REGISTER_SECONDS)
+        self._receive(Kind.READY, timeout_seconds)
         for arena in current or ():
             arena.close()
         self._arenas = arenas

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -39,6 +39,7 @@ CONTEXT: Final = 128
 """Tokens of context when decoding begins."""
 
 
+@runtime_checkable
 class Runner(Protocol):
     """Something that can be asked for the next logits."""
 

@@ -10,7 +10,7 @@ The rows of K and V are checked, like every product, before they enter the cache
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -23,6 +23,7 @@ from cloister.enclave.prepare import LINEARS_PER_LAYER, EnclaveModel
 from cloister.model.rope import RotaryEmbedding
 
 
+@runtime_checkable
 class LinearGate(Protocol):
     """Whatever computes linear layers: the gate of `enclave.outsource`, or a baseline."""
 

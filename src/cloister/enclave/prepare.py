@@ -8,7 +8,7 @@ Does not cover: private weights. Here the whole base checkpoint is public, by th
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
@@ -58,6 +58,7 @@ class EnclaveModel:
     quantized_bytes: int = field(default=0)
 
 
+@runtime_checkable
 class EmbeddingTable(Protocol):
     """Looks embeddings up, inside the enclave."""
 
