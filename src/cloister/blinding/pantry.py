@@ -24,6 +24,9 @@ Progress = Callable[[int, int], None]
 """Called with (tokens stocked, tokens wanted)."""
 
 
+LATE_BATCH_TOKENS: Final = 16
+"""Pads made at once when one is needed and none is left."""
+
 _ALONE: Final = 3
 """References to an array that only its shelf holds: the tuple's, the local variable's, and the argument's."""
 
@@ -119,7 +122,17 @@ class Pantry:
             return Pad(self._linears[index], *shelf.take(tokens))
 
     def make(self, index: int, tokens: int) -> Pad:
-        """Returns a fresh pad for `tokens` rows of linear `index`, made now."""
+        """Returns a fresh pad for `tokens` rows of linear `index`, made now.
+
+        A few more are stocked with it, if the budget allows: sixteen rows cost little more than one.
+        """
+        batch = min(self.capacity_tokens, LATE_BATCH_TOKENS)
+        if tokens < batch:
+            self._add(index, batch)
+            try:
+                return self.take(index, tokens)
+            except PantryEmptyError:  # the other taker was faster
+                pass
         with self._making:
             return self._linears[index].make_pad(tokens, self._source, self._team)
 
