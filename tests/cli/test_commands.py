@@ -1,0 +1,168 @@
+"""The command line as a person and as a script use it."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cloister.assets import demo_model
+
+CLOISTER = [sys.executable, "-m", "cloister"]
+DEMO = str(demo_model())
+
+
+def run(*arguments: str, stdin: str = "", code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [*CLOISTER, *arguments], input=stdin, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("command", [[], ["chat"], ["generate"], ["inspect"], ["demo"], ["accelerator"], ["bench"]])
+def test_help_teaches(command: list[str]) -> None:
+    out = run(*command, "--help").stdout
+    assert "Usage" in out
+    assert len(out) > 300
+
+
+def test_generate_prints_the_text_and_nothing_else_when_quiet() -> None:
+    done = run("generate", DEMO, "-p", "Once upon a time", "-n", "12", "-t", "0", "--quiet")
+    assert done.stderr == ""
+    assert len(done.stdout.split()) > 5
+    assert "\x1b" not in done.stdout
+
+
+def test_generate_as_json_has_everything_a_script_needs() -> None:
+    record = json.loads(run("generate", DEMO, "-p", "Once upon a time", "-n", "12", "-t", "0", "--json").stdout)
+    assert record["completion_tokens"] == 12
+    assert len(record["token_ids"]) == 12
+    assert record["reason"] == "length"
+    assert record["meter"]["products"] > 0
+    assert record["incidents"] == []
+
+
+def test_a_prompt_can_be_piped_in_and_a_summary_goes_to_stderr() -> None:
+    done = run("generate", DEMO, "-n", "8", "--seed", "1", stdin="Once upon a time")
+    assert "tokens/s" in done.stderr
+    assert "products checked" in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr, "no colour when piped"
+
+
+def test_errors_are_one_line_with_a_remedy_and_no_traceback(tmp_path: Path) -> None:
+    done = run("generate", str(tmp_path), "-p", "x", code=1)
+    assert "config.json" in done.stderr
+    assert "Give the folder" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Traceback" in run("--debug", "generate", str(tmp_path), "-p", "x", code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--weights", "int4"], "int4"),
+        (["--timeout", "0"], "timeout_seconds"),
+        (["-t", "-3"], "temperature"),
+        (["--accelerator", "nowhere"], "not an address"),
+    ],
+)
+def test_bad_options_are_named(arguments: list[str], message: str) -> None:
+    done = subprocess.run(
+        [*CLOISTER, "generate", DEMO, "-p", "x", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_inspect_reports_what_crosses_and_what_is_learned() -> None:
+    report = json.loads(run("inspect", DEMO, "--json").stdout)
+    spec = json.loads((demo_model() / "config.json").read_text())
+    lm_head = next(product for product in report["products"] if product["name"] == "LM head")
+    assert lm_head["d_out"] == spec["vocab_size"]
+    assert report["crossing_bytes_per_token"] == sum(product["crossing_bytes"] for product in report["products"])
+    assert report["learns"]
+    assert "blinded, on the accelerator" in run("inspect", DEMO).stdout
+    fine = json.loads(run("inspect", DEMO, "--weights", "int8x2", "--json").stdout)
+    assert fine["crossing_bytes_per_token"] > report["crossing_bytes_per_token"]
+
+
+def test_what_inspect_predicts_is_what_crosses() -> None:
+    report = json.loads(run("inspect", DEMO, "--json").stdout)
+    record = json.loads(
+        run("generate", DEMO, "-p", "Once", "-n", "10", "-t", "0", "--prefill", "enclave", "--json").stdout
+    )
+    crossed = record["meter"]["bytes_sent"] + record["meter"]["bytes_received"]
+    assert crossed == 9 * report["crossing_bytes_per_token"], "nine decode passes follow the prompt's"
+
+
+def test_the_demo_shows_uniform_rows_and_a_caught_cheat() -> None:
+    record = json.loads(run("demo", "--max-tokens", "60", "--json").stdout)
+    assert record["text_unchanged"]
+    assert record["sightings"]["uniform"]
+    assert len(record["incidents"]) == 1
+    assert "another accelerator" in record["incidents"][0]["outcome"]
+
+
+def test_a_chat_reads_lines_answers_and_forgets_on_request() -> None:
+    script = "Tell me a story about a cat.\n/status\n/reset\n\n/help\nTell me a story about a dog.\n/exit\n"
+    done = run("chat", DEMO, "-n", "30", "--seed", "2", stdin=script)
+    assert len(done.stdout.strip().splitlines()) >= 2
+    assert "stand-in" in done.stderr
+    assert '"products"' in done.stderr
+
+
+def test_a_chat_with_a_model_without_template_says_what_to_do(tinystories_656k: Path) -> None:
+    done = run("chat", str(tinystories_656k), stdin="hello\n", code=1)
+    assert "chat template" in done.stderr
+    assert "generate" in done.stderr
+
+
+def test_control_c_stops_the_answer_and_not_the_session() -> None:
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [*CLOISTER, "chat", DEMO, "-n", "450", "-t", "1.5", "--seed", "5"],
+        stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+    )  # fmt: skip
+    os.close(slave)
+    seen = ""
+
+    def wait_for(pattern: str, seconds: float = 60.0) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + seconds
+        while not re.search(pattern, seen):
+            assert time.monotonic() < deadline, f"{pattern!r} did not come; seen: {seen[-2000:]!r}"
+            seen += os.read(master, 4096).decode("utf-8", "replace")
+
+    try:
+        wait_for("> ")
+        os.write(master, b"Tell me a story about a bear.\n")
+        wait_for("tokens/s")
+        os.kill(process.pid, signal.SIGINT)
+        wait_for("products checked")
+        seen = ""
+        os.write(master, b"/status\n")
+        wait_for('"products"')
+        os.write(master, b"/exit\n")
+        deadline = time.monotonic() + 30
+        while process.poll() is None:
+            assert time.monotonic() < deadline
+            try:
+                os.read(master, 4096)
+            except OSError:
+                break
+        assert process.wait(10) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+        os.close(master)
+
+
+def test_the_version_is_printed() -> None:
+    assert re.fullmatch(r"cloister \d+\.\d+\.\d+\n", run("--version").stdout)
