@@ -32,7 +32,7 @@ from cloister.enclave.prepare import EnclaveModel, prepare
 from cloister.model.directory import open_model
 from cloister.settings import AcceleratorSettings, BlindingSettings, Placement, Prefill, Settings
 
-OURS: Final = ("unprotected int8", "enclave-only int8", "enclave-only exact", "blinded")
+OURS: Final = ("unprotected int8", "enclave-only int8", "enclave-only int8, 1 thread", "enclave-only exact", "blinded")
 THEIRS: Final = ("transformers bf16",)
 WARM_UP: Final = 4
 CONTEXT: Final = 128
@@ -170,8 +170,8 @@ def our_runner(name: str, shape: str, plan: Plan) -> OurRunner:
     model = our_model(shape, source, team)
     spec = model.spec
     cache = PagedKVCache(spec.layers, spec.kv_heads, spec.head_dim, 16, min(spec.max_positions, 1024))
-    if name in ("unprotected int8", "enclave-only int8"):
-        plain = PlainGate(model.linears, team)
+    if name in ("unprotected int8", "enclave-only int8", "enclave-only int8, 1 thread"):
+        plain = PlainGate(model.linears, Team(1) if name.endswith("1 thread") else team)
         return OurRunner(Forward(model, plain, cache), plain, None, None)
     lent = name == "blinded"
     budget = sum(linear.pad_bytes for linear in model.linears) * (max(*plan.prefills, plan.tokens + WARM_UP, 32) + 1)

@@ -14,10 +14,13 @@ from rich.text import Text
 from cloister.wire.session import Event, Finished, Meter, StatusReport
 from cloister.wire.session import Progress as ProgressMessage
 
+PIPED_WIDTH = 140
+"""Columns of tables that go to a file or a pipe."""
+
 
 def stdout() -> Console:
     """Returns the console for answers; no colour and no control codes when piped."""
-    return Console(file=sys.stdout, highlight=False)
+    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
 
 def stderr() -> Console:
