@@ -1,0 +1,192 @@
+"""Writes the generated parts of README and docs: folder table, contracts, errors, settings, commands, results.
+
+Usage: generate_docs.py [--check]    (--check changes nothing and fails when a part is stale)
+"""
+
+import argparse
+import ast
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import typer
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src" / "cloister"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def folders() -> str:
+    """Returns a table of the packages and their one job."""
+    rows = ["| folder | its one job |", "| --- | --- |"]
+    for init in sorted(SOURCE.glob("*/__init__.py")):
+        doc = ast.get_docstring(ast.parse(init.read_text())) or ""
+        rows.append(f"| `{init.parent.name}/` | {' '.join(doc.split())} |")
+    return "\n".join(rows)
+
+
+def contracts() -> str:
+    """Returns the layers and the names of the contracts that CI enforces."""
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(contract for contract in config if contract["type"] == "layers")
+    names = [f"- {contract['name']}" for contract in config]
+    order = " > ".join(f"`{layer.replace('cloister.', '')}`" for layer in layers["layers"])
+    return "Higher may import lower, never the reverse:\n\n" + order + "\n\nEnforced in CI:\n\n" + "\n".join(names)
+
+
+def errors() -> str:
+    """Returns the exception tree from the docstring of `errors.py`."""
+    doc = ast.get_docstring(ast.parse((SOURCE / "errors.py").read_text())) or ""
+    return doc[doc.index("```") :]
+
+
+def settings() -> str:
+    """Returns one table per settings class, from its fields and the sentences under them."""
+    tree = ast.parse((SOURCE / "settings.py").read_text())
+    parts = []
+    tables = {"BlindingSettings": "blinding", "AcceleratorSettings": "accelerator", "CacheSettings": "cache"}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name in tables:
+            rows = [
+                f"## `[{tables[node.name]}]`",
+                "",
+                "| key | type | default | meaning |",
+                "| --- | --- | --- | --- |",
+            ]
+            for field, text in zip(node.body, node.body[1:], strict=False):
+                if (
+                    isinstance(field, ast.AnnAssign)
+                    and isinstance(text, ast.Expr)
+                    and isinstance(text.value, ast.Constant)
+                ):
+                    default = ast.unparse(field.value) if field.value else ""
+                    kind = ast.unparse(field.annotation).replace("|", "or")
+                    rows.append(
+                        f"| `{ast.unparse(field.target)}` | {kind} | `{default}` | {' '.join(str(text.value.value).split())} |"
+                    )
+            parts.append("\n".join(rows))
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "StrEnum" for base in node.bases):
+            values = [ast.literal_eval(item.value) for item in node.body if isinstance(item, ast.Assign)]
+            parts.append(f"**{node.name}**: {', '.join(f'`{value}`' for value in values)}. {ast.get_docstring(node)}")
+    return "\n\n".join(parts)
+
+
+def cli() -> str:
+    """Returns every command with its options, from the program itself."""
+    from cloister.cli.main import app
+
+    root = typer.main.get_command(app)
+    parts = []
+    for name, command in _commands(root, "cloister"):
+        rows = [f"## `{name}`", "", re.sub(r"\[/?bold\]", "`", (command.help or "").strip())]
+        options = [
+            parameter for parameter in command.params if getattr(parameter, "help", None) and parameter.name != "help"
+        ]
+        if options:
+            rows += ["", "| option | default | meaning |", "| --- | --- | --- |"]
+        for parameter in options:
+            default = getattr(parameter.default, "value", parameter.default)
+            shown = "" if default is None or default is False or callable(default) else f"`{default}`"
+            named = parameter.opts if parameter.param_type_name == "option" else [parameter.name.upper()]
+            meaning = " ".join(str(parameter.help).split()).replace("|", "/")
+            rows.append(f"| {', '.join(f'`{flag}`' for flag in named)} | {shown} | {meaning} |")
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
+
+
+def _commands(command, name):  # type: ignore[no-untyped-def]
+    children = getattr(command, "commands", None)
+    if not children:
+        yield name, command
+        return
+    for child, value in children.items():
+        yield from _commands(value, f"{name} {child}")
+
+
+def records() -> str:
+    """Returns the table of every benchmark record."""
+    parts = []
+    for path in sorted((ROOT / "bench" / "results").glob("*.json")):
+        record = json.loads(path.read_text())
+        machine = record["machine"]
+        where = f"{machine['cores']} cores of {machine['processor'] or 'a processor'}"
+        parts.append(
+            f"## {record['name']}\n\n`{record['command']}` on {where}, commit `{machine['commit']}`, {record['time'][:10]}: "
+            f"`bench/results/{path.name}`\n\n"
+            + _table(record["rows"])
+            + "\n\n"
+            + "\n".join(f"- {key}: **{_number(value)}**" for key, value in record["facts"].items())
+            + f"\n\n{record['note']}"
+        )
+    return "\n\n".join(parts) or "No record yet: run `make bench`."
+
+
+def results() -> str:
+    """Returns the one table for the README: decode of the 1.1-billion shape and the bars."""
+    path = ROOT / "bench" / "results" / "latency-1.1b.json"
+    if not path.exists():
+        return "No record yet: run `make bench`."
+    record = json.loads(path.read_text())
+    wanted = ("variant", "tokens/s", "p50 ms", "p95 ms", "trusted CPU ms/token", "worker CPU ms/token")
+    rows = [{key: row[key] for key in wanted if key in row} for row in record["rows"]]
+    machine = record["machine"]
+    return (
+        f"Decode at batch 1, a Llama shape of 1.1 billion parameters with random weights, on {machine['cores']} cores of "
+        f"{machine['processor']} (`{record['command']}`, [record](bench/results/{path.name})):\n\n{_table(rows)}\n\n"
+        "[All results](docs/results.md), among them fidelity: perplexity changes by less than 0.1 % with int8 weights."
+    )
+
+
+def _table(rows: list[dict[str, object]]) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(columns) + " |", "| --- " + "| ---: " * (len(columns) - 1) + "|"]
+    lines += ["| " + " | ".join(_number(row.get(column, "")) for column in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _number(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value)
+
+
+BLOCKS = {
+    "folders": folders,
+    "contracts": contracts,
+    "errors": errors,
+    "settings": settings,
+    "cli": cli,
+    "records": records,
+    "results": results,
+}
+
+
+def main() -> int:
+    """Rewrites or checks every page; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, fail when a part is stale")
+    check = parser.parse_args().check
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        made = text
+        for name in re.findall(r"<!-- generated:(\w+) -->", text):
+            block = f"<!-- generated:{name} -->\n{BLOCKS[name]()}\n<!-- /generated -->"
+            made = re.sub(
+                rf"<!-- generated:{name} -->.*?<!-- /generated -->", lambda _, b=block: b, made, flags=re.DOTALL
+            )
+        if made != text:
+            stale.append(str(page.relative_to(ROOT)))
+            if not check:
+                page.write_text(made, encoding="utf-8")
+    if stale and check:
+        print(f"stale: {', '.join(stale)}; run: make docs", file=sys.stderr)
+        return 1
+    print(f"{'checked' if check else 'wrote'} {len(PAGES)} pages, {len(stale)} {'stale' if check else 'changed'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
