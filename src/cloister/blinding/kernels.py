@@ -70,6 +70,7 @@ def blind(x, reach, pad, check, out, scales, expected):  # type: ignore[no-untyp
 
     x float32 [tokens, d_in]; reach float64; pad int32 [tokens, d_in] centred; check int32 [checks, d_in] centred;
     out int32 [tokens, d_in]; scales float64 [tokens]; expected int64 [tokens, checks] in [0, P).
+    The pad is zeroed as it is used: nothing that can open recorded traffic outlives its use.
     Returns OK, or the first row that holds NaN or infinity (nothing of that row is written).
     """
     tokens, d_in = x.shape
@@ -82,6 +83,7 @@ def blind(x, reach, pad, check, out, scales, expected):  # type: ignore[no-untyp
         scales[t] = norm / reach
         for k in range(d_in):
             out[t, k] = centre_sum(np.int32(np.rint(np.float64(x[t, k]) * inverse)), pad[t, k])
+            pad[t, k] = 0
     dots(out, check, expected)
     return OK
 
@@ -112,7 +114,7 @@ def open_product(product, pad_product, check, expected, scales, weight_scales, b
     product, pad_product int32 [tokens, planes * d_out]; check int32 [checks, planes * d_out];
     expected int64 [tokens, checks]; scales float64 [tokens]; weight_scales float32 [planes, d_out];
     bias float32 [d_out] or [0]; out float32 [tokens, d_out].
-    Returns OK, or the first row whose answer is wrong or not canonical; `out` is then all zeros.
+    Returns OK, or the first row whose answer is wrong or not canonical; `out` is then all zeros. `pad_product` is zeroed.
     """
     tokens, d_out = out.shape
     planes = weight_scales.shape[0]
@@ -139,6 +141,7 @@ def open_product(product, pad_product, check, expected, scales, weight_scales, b
         if bias.shape[0] > 0:
             for j in range(d_out):
                 out[t, j] += bias[j]
+        pad_product[t, :] = 0
     return OK
 
 

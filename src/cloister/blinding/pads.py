@@ -113,8 +113,8 @@ class Pad:
         scales = np.empty(tokens, np.float64)
         expected = np.empty((tokens, linear.check.right.shape[0]), np.int64)
         bad = blind(x, linear.reach.value, r, linear.check.right, rows, scales, expected)
-        r.fill(0)  # nothing that can open recorded traffic outlives its use
         if bad != OK:
+            r.fill(0)
             raise non_finite(linear.name, bad)
         return Blinded(rows, _MAKER), Opening(linear, self._u, scales, expected)
 
@@ -146,8 +146,8 @@ class Opening:
         bad = open_product(
             unverified, u, linear.check.left, self._expected, self._scales, linear.scales, linear.bias, out
         )
-        u.fill(0)
         if bad != OK:
+            u.fill(0)
             raise VerificationError(
                 f"The accelerator's product for {linear.name} is wrong (row {bad}): the check refused it.",
                 remedy="It is quarantined: it is faulty or it cheats.",

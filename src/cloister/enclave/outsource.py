@@ -85,6 +85,7 @@ class Gate:
         self._settings = settings
         self._team = team
         self._on_incident = on_incident
+        self._identities = [(linear.weight.weight_id, linear.weight.shape[0]) for linear in self.linears]
         self._scratch = np.empty(0, np.int32)
         self._timeout = settings.accelerator.timeout_seconds
         self._lend = settings.blinding.placement is Placement.BLINDED and bool(self._healthy)
@@ -138,18 +139,18 @@ class Gate:
         x: Float32[np.ndarray, "tokens d_in"],
         out: Float32[np.ndarray, "tokens d_out"],
     ) -> None:
-        linear, counters = self.linears[index], self.counters
+        counters, (weight_id, outputs) = self.counters, self._identities[index]
         started = time.perf_counter()
         blinded, opening = pad.blind(x)
         blind_done = time.perf_counter()
         counters.blind_seconds += blind_done - started
+        counters.bytes_sent += blinded.rows.nbytes
         try:
-            answer = accelerator.multiply(linear.weight.weight_id, blinded, self._timeout)
+            answer = accelerator.multiply(weight_id, blinded, self._timeout)
         finally:
             answered = time.perf_counter()
             counters.lent_seconds += answered - blind_done
-            counters.bytes_sent += blinded.rows.nbytes
-        check_product(answer, x.shape[0], linear.weight.shape[0])
+        check_product(answer, x.shape[0], outputs)
         private = self._private(answer.size).reshape(answer.shape)
         np.copyto(private, answer)  # the accelerator can still write `answer`
         opening.recover(private, out)
