@@ -28,7 +28,7 @@ class Record:
     settings: dict[str, Any]
     note: str = ""
     machine: dict[str, Any] = field(default_factory=lambda: machine())
-    command: str = field(default_factory=lambda: " ".join(["cloister", *sys.argv[1:]]))
+    command: str = field(default_factory=lambda: command_line(sys.argv[1:]))
     time: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
 
     def write(self, folder: Path) -> Path:
@@ -47,7 +47,8 @@ class Record:
         table = Table(title=self.name, box=None, header_style="dim", title_justify="left")
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         for column in columns:
-            table.add_column(column, justify="right" if column != columns[0] else "left")
+            first = column == columns[0]
+            table.add_column(column, justify="left" if first else "right", no_wrap=first)
         for row in self.rows:
             table.add_row(*(readable(row.get(column, "")) for column in columns))
         console.print(table)
@@ -55,6 +56,11 @@ class Record:
             console.print(f"  {key}: {readable(value)}")
         if self.note:
             console.print(f"  [dim]{self.note}[/dim]")
+
+
+def command_line(arguments: list[str]) -> str:
+    """Returns the command as a reader would repeat it: of a path, only the name counts."""
+    return " ".join(["cloister", *(Path(part).name if Path(part).is_absolute() else part for part in arguments)])
 
 
 def readable(value: object) -> str:

@@ -55,11 +55,28 @@ def products(smoke: SmokeOption = False, out: OutOption = Path("bench/results"))
     record.show(stdout())
 
 
+@app.command("load")
+def load(
+    gigabytes: Annotated[
+        float, typer.Option("--gigabytes", help="Size of the checkpoint that is written and loaded.")
+    ] = 8.0,
+    smoke: SmokeOption = False,
+    out: OutOption = Path("bench/results"),
+) -> None:
+    """Memory and time to load and quantise a checkpoint; needs that much room for temporary files."""
+    from cloister.bench.load import run
+
+    record = run(gigabytes, smoke, stderr())
+    record.write(out)
+    record.show(stdout())
+
+
 @app.command("all")
 def everything(smoke: SmokeOption = False, out: OutOption = Path("bench/results")) -> None:
     """Every benchmark, one after the other."""
     products(smoke, out)
     fidelity("demo", None, smoke, out)
+    load(8.0, smoke, out)
     latency("demo", 48, smoke, out)
     if not smoke:
         latency("1.1b", 48, smoke, out)
