@@ -44,6 +44,8 @@ class Worker:
                 reply = self._error(message, error.status, error.message)
             except CloisterError as error:
                 reply = self._error(message, Status.BAD_FRAME, error.message)
+            except (OSError, ValueError) as error:  # the system refuses; the words of the error stay here
+                reply = self._error(message, Status.FAILED, type(error).__name__)
             except MemoryError:
                 reply = self._error(message, Status.NO_MEMORY, "Memory is short.")
             finally:
@@ -76,7 +78,7 @@ class Worker:
             self._registry.add(frame, map_sealed_matrix(descriptors[0], (frame.d_out, frame.d_in)))
             return Frame(Kind.REGISTERED, frame.request, frame.weight).encode()
         if frame.kind is Kind.ARENAS and len(descriptors) == 2:
-            request, answer = (Arena.received(os.dup(fd), os.fstat(fd).st_size) for fd in descriptors)
+            request, answer = (Arena.received(fd) for fd in descriptors)
             self._arenas = (request, answer)
             request.close()
             answer.close()

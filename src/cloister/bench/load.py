@@ -6,7 +6,6 @@ The checkpoint is made of one random block over and over; loading it takes a pro
 import argparse
 import dataclasses
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from cloister.arith.team import Team
-from cloister.bench.record import Record
+from cloister.bench.record import Record, peak_memory_bytes
 from cloister.blinding.pads import PadSource
 from cloister.enclave.prepare import prepare
 from cloister.errors import CloisterError
@@ -66,13 +65,13 @@ def write_checkpoint(directory: Path, spec: ModelSpec) -> int:
 def measure(directory: Path, size_bytes: int) -> dict[str, float]:
     """Loads and quantises the checkpoint in this process; returns peak memory beyond the bare program, and seconds."""
     spec = spec_of(size_bytes)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak_memory_bytes()
     started = time.perf_counter()
     checkpoint = Checkpoint.open(directory)
     check_tensors(checkpoint, spec)
     model = prepare(checkpoint, spec, BlindingSettings(), PadSource(), team=Team())
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    peak = peak_memory_bytes() - before
     return {"quantised_bytes": model.quantized_bytes, "peak_bytes": peak, "seconds": seconds}
 
 

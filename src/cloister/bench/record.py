@@ -95,6 +95,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def peak_memory_bytes() -> int:
+    """Returns the most memory that this program has had resident (`ru_maxrss` would count its parent's as well)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+
+
 def commit() -> str:
     """Returns the commit of the checkout that this code runs from, marked if it was changed; empty outside one."""
     here = Path(__file__).parent

@@ -7,7 +7,6 @@ import argparse
 import gc
 import json
 import os
-import resource
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from cloister.accelerator.shared import SharedMemoryAccelerator
 from cloister.arith.team import Team, usable_cores
 from cloister.assets import demo_model
 from cloister.bench.random_model import LLAMA_1_1B, SMOKE, random_model
+from cloister.bench.record import peak_memory_bytes
 from cloister.bench.unprotected import PlainGate
 from cloister.blinding.pads import PadSource
 from cloister.blinding.pantry import Pantry
@@ -217,7 +217,7 @@ def measure(runner: Runner, plan: Plan, vocab: int) -> dict[str, Any]:
         "p50_ms": 1e3 * statistics.median(times),
         "p95_ms": 1e3 * float(np.percentile(times, 95)),
         "cpu_ms_per_token": 1e3 * spent / plan.tokens,
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_memory_mb": peak_memory_bytes() / 1e6,
     }
     if after:
         per_token = {key: (after[key] - before[key]) / plan.tokens for key in after}

@@ -71,12 +71,23 @@ def load(
     record.show(stdout())
 
 
+@app.command("startup")
+def startup(smoke: SmokeOption = False, out: OutOption = Path("bench/results")) -> None:
+    """Seconds from the start of `cloister generate` to its first token, with a warm cache."""
+    from cloister.bench.startup import run
+
+    record = run(smoke, stderr())
+    record.write(out)
+    record.show(stdout())
+
+
 @app.command("all")
 def everything(smoke: SmokeOption = False, out: OutOption = Path("bench/results")) -> None:
     """Every benchmark, one after the other."""
     products(smoke, out)
     fidelity("demo", None, smoke, out)
     load(8.0, smoke, out)
+    startup(smoke, out)
     latency("demo", 48, smoke, out)
     if not smoke:
         latency("1.1b", 48, smoke, out)

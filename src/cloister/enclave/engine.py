@@ -209,11 +209,11 @@ class _Run:
     def _prefill(self, tokens: list[int]) -> Float32[np.ndarray, " vocab"]:
         for start in range(0, len(tokens), PREFILL_TOKENS):
             self._check_cancelled()
-            logits = self._pass(tokens[start : start + PREFILL_TOKENS])
+            logits = self._pass(tokens[start : start + PREFILL_TOKENS], len(self._prompt))
         return logits
 
-    def _pass(self, tokens: list[int]) -> Float32[np.ndarray, " vocab"]:
-        logits = self._engine.forward.run(tokens)
+    def _pass(self, tokens: list[int], sequence_length: int = 0) -> Float32[np.ndarray, " vocab"]:
+        logits = self._engine.forward.run(tokens, sequence_length)
         self._engine.cached.extend(tokens)
         return logits
 

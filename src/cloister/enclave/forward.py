@@ -88,30 +88,35 @@ class Forward:
         """Forgets all but the first `tokens` tokens."""
         self._cache.truncate(self._sequence, tokens)
 
-    def run(self, tokens: list[int]) -> Float32[np.ndarray, " vocab"]:
+    def run(self, tokens: list[int], sequence_length: int = 0) -> Float32[np.ndarray, " vocab"]:
         """Returns the logits after the last of `tokens`, which join the cache; on failure the cache is as before.
+
+        `sequence_length`: how long the sequence will be when the prompt is complete, if `tokens` is a piece of one:
+        dynamic rotary scaling rotates a whole prompt by its length.
 
         Raises:
             RequestError: the context is full.
             AcceleratorError: the accelerators failed and the settings say to stop.
             NonFiniteError: the activations overflowed; the error names the layer.
         """
-        return self._guarded(tokens, last_only=True)[0]
+        return self._guarded(tokens, sequence_length, last_only=True)[0]
 
     def run_all(self, tokens: list[int]) -> Float32[np.ndarray, "tokens vocab"]:
         """Returns the logits after each of `tokens`: for perplexity and comparisons; errors as for `run`."""
-        return self._guarded(tokens, last_only=False)
+        return self._guarded(tokens, 0, last_only=False)
 
-    def _guarded(self, tokens: list[int], last_only: bool) -> Float32[np.ndarray, "rows vocab"]:
+    def _guarded(self, tokens: list[int], sequence_length: int, last_only: bool) -> Float32[np.ndarray, "rows vocab"]:
         before = self._sequence.tokens
         self._cache.grow(self._sequence, len(tokens))
         try:
-            return self._pass(tokens, before, last_only)
+            return self._pass(tokens, before, sequence_length, last_only)
         except BaseException:
             self._cache.truncate(self._sequence, before)
             raise
 
-    def _pass(self, tokens: list[int], first: int, last_only: bool) -> Float32[np.ndarray, "rows vocab"]:
+    def _pass(
+        self, tokens: list[int], first: int, sequence_length: int, last_only: bool
+    ) -> Float32[np.ndarray, "rows vocab"]:
         model, spec, gate = self._model, self._model.spec, self._gate
         real = len(tokens)
         rows = self._padded(real)
@@ -126,7 +131,7 @@ class Forward:
         activated = np.empty((rows, spec.ffn_size), np.float32)
         query = np.empty((real, spec.heads, spec.head_dim), np.float32)
         length = first + real
-        rotary = np.stack(self._rotary.at(np.arange(first, length, dtype=np.int64), length))
+        rotary = np.stack(self._rotary.at(np.arange(first, length, dtype=np.int64), max(length, sequence_length)))
         where = self._where(self._sequence, first)
         scores = np.empty((spec.heads // spec.kv_heads, length), np.float32)
 

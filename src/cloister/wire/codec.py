@@ -97,6 +97,12 @@ def decode(header: bytes | bytearray | memoryview) -> Frame:
         raise WireError(f"A frame has kind {kind} and status {status}.") from error
 
 
+def peer_text(raw: bytes | bytearray | memoryview) -> str:
+    """Returns a peer's text as at most 512 printable ASCII characters: nothing of it can steer a terminal or a log."""
+    text = bytes(raw[:MAX_ERROR_BYTES]).decode("ascii", "replace")
+    return "".join(c if c.isascii() and c.isprintable() else "?" for c in text)
+
+
 def received_rows(words: Int32[np.ndarray, " n"], rows: int, d_in: int) -> Blinded:
     """Returns rows that a peer sent, as `Blinded`: on the accelerator's side they are what they are.
 

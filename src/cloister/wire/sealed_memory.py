@@ -3,12 +3,16 @@
 Covers: anonymous files (memfd) with seals. A worker maps a weight that the enclave keeps using: no copy, and the kernel
 refuses it every write. Arenas for requests and answers stay writable but cannot be truncated, so that
 a worker cannot make the enclave fault.
+A weight takes two descriptors of the process that made it and one of the worker. Big models need more than the usual soft
+limit of 1024, so that limit is raised (as far as the system permits) before it is reached.
 Does not cover: enclaves whose memory the host cannot map (SGX, encrypted virtual machines): there weights are copied out.
 """
 
+import errno
 import fcntl
 import mmap
 import os
+import resource
 from typing import Final
 
 import numpy as np
@@ -41,10 +45,15 @@ class SealedMatrix:
         """Returns a zeroed matrix to fill.
 
         Raises:
-            WireError: memory is short.
+            WireError: the shape is empty, or memory or descriptors are short.
         """
-        fd = _memfd("cloister-weight", shape[0] * shape[1])
-        mapping = mmap.mmap(fd, shape[0] * shape[1])
+        size = shape[0] * shape[1]
+        fd = _memfd("cloister-weight", size)
+        try:
+            mapping = _map(fd, size)
+        except WireError:
+            os.close(fd)
+            raise
         return SealedMatrix(fd, shape, np.frombuffer(mapping, np.int8).reshape(shape))
 
     def seal(self) -> None:
@@ -66,38 +75,52 @@ def map_sealed_matrix(fd: int, shape: tuple[int, int]) -> Int8[np.ndarray, "rows
     """Returns the matrix behind a received descriptor, mapped read-only.
 
     Raises:
-        WireError: its size is not the announced one, or it could still change.
+        WireError: its size is not the announced one, it could still change, or memory or descriptors are short.
     """
     size = shape[0] * shape[1]
     if os.fstat(fd).st_size != size or fcntl.fcntl(fd, _GET_SEALS) & _FROZEN != _FROZEN:
         raise WireError(f"A weight of {shape} is not sealed memory of {size} bytes.")
-    return np.frombuffer(mmap.mmap(fd, size, prot=mmap.PROT_READ), np.int8).reshape(shape)
+    return np.frombuffer(_map(fd, size, mmap.PROT_READ), np.int8).reshape(shape)
 
 
 class Arena:
     """A block of memory that both sides write and neither can resize."""
 
     def __init__(self, fd: int, size: int) -> None:
+        """Takes over `fd`, also when it fails."""
         self.fd = fd
         self.size = size
-        self._map = mmap.mmap(fd, size)
+        try:
+            self._map = _map(fd, size)
+        except WireError:
+            self.close()
+            raise
         self.words = np.frombuffer(self._map, np.int32)
         """The whole block as int32."""
 
     @staticmethod
     def create(size: int) -> "Arena":
-        """Returns a new block of at least `size` bytes."""
+        """Returns a new block of at least `size` bytes.
+
+        Raises:
+            WireError: `size` is not positive, or memory or descriptors are short.
+        """
         size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         fd = _memfd("cloister-arena", size)
         fcntl.fcntl(fd, _ADD_SEALS, _FIXED)
         return Arena(fd, size)
 
     @staticmethod
-    def received(fd: int, size: int) -> "Arena":
-        """Returns the block behind a received descriptor, if it has the announced size."""
-        if os.fstat(fd).st_size != size:
-            raise WireError("An arena does not have the announced size.")
-        return Arena(fd, size)
+    def received(fd: int) -> "Arena":
+        """Returns the block behind a received descriptor, which stays the caller's to close.
+
+        Raises:
+            WireError: it could still be resized, is not made of words, or memory or descriptors are short.
+        """
+        size = os.fstat(fd).st_size
+        if size % 4 or fcntl.fcntl(fd, _GET_SEALS) & _FIXED != _FIXED:
+            raise WireError("An arena is not sealed memory of whole words.")
+        return Arena(os.dup(fd), size)
 
     def close(self) -> None:
         """Closes the descriptor; the memory goes when the last array on it does."""
@@ -107,10 +130,37 @@ class Arena:
 
 
 def _memfd(name: str, size: int) -> int:
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    if size <= 0:
+        raise WireError(f"Shared memory of {size} bytes was asked for.")
+    try:
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        raise _short(size, error) from error
     try:
         os.ftruncate(fd, size)
     except OSError as error:
         os.close(fd)
-        raise WireError(f"{size} bytes of shared memory cannot be had: {error.strerror}.") from error
+        raise _short(size, error) from error
     return fd
+
+
+def _map(fd: int, size: int, protection: int = mmap.PROT_READ | mmap.PROT_WRITE) -> mmap.mmap:
+    keep_descriptors_free(fd)
+    try:
+        return mmap.mmap(fd, size, prot=protection)
+    except (OSError, ValueError) as error:  # ValueError: an empty file or one shorter than announced
+        raise _short(size, error) from error
+
+
+def keep_descriptors_free(newest: int) -> None:
+    """Raises the soft limit of descriptors to the hard one once `newest` is past half of it: they are numbered densely."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if newest > soft // 2 and soft not in (hard, resource.RLIM_INFINITY):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _short(size: int, error: OSError | ValueError) -> WireError:
+    scarce = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+    remedy = "Raise the limit of open files (ulimit -n)." if scarce else "Free memory, or use a smaller model."
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return WireError(f"{size} bytes of shared memory cannot be had: {reason}.", remedy=remedy)
