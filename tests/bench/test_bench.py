@@ -17,8 +17,8 @@ QUIET = Console(quiet=True)
 
 
 def test_loading_a_model_takes_at_most_a_third_more_than_its_quantised_size() -> None:
-    result = load.measured_in_a_process(600_000_000)
-    assert result["checkpoint_bytes"] >= 600_000_000
+    result = load.measured_in_a_process(1_000_000_000)
+    assert result["checkpoint_bytes"] >= 1_000_000_000
     assert result["quantised_bytes"] > 0.5 * result["checkpoint_bytes"] * 0.9
     assert result["peak_bytes"] < load.BAR * result["quantised_bytes"]
 

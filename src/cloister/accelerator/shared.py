@@ -24,7 +24,7 @@ from cloister.errors import (
     WireError,
 )
 from cloister.settings import Backend
-from cloister.wire.codec import HEADER_BYTES, MAX_ERROR_BYTES, MAX_WEIGHTS, Frame, Kind, decode, encode_pair
+from cloister.wire.codec import HEADER_BYTES, MAX_ERROR_BYTES, MAX_WEIGHTS, Frame, Kind, decode, encode_pair, peer_text
 from cloister.wire.messages import Blinded, PublicWeight
 from cloister.wire.sealed_memory import Arena, SealedMatrix
 
@@ -33,6 +33,9 @@ START_SECONDS: Final = 120.0
 
 REGISTER_SECONDS: Final = 60.0
 """Longest wait for a worker to take one weight."""
+
+SEND_SECONDS: Final = 1.0
+"""Longest wait for room for one header. Only a worker that answers without reading can let the socket fill up."""
 
 KEPT_VARIABLES: Final = ("PATH", "LANG", "LC_ALL", "HOME", "TMPDIR", "NUMBA_CACHE_DIR", "CUDA_VISIBLE_DEVICES")
 """Environment variables that a worker inherits."""
@@ -43,6 +46,7 @@ class SharedMemoryAccelerator:
 
     def __init__(self, sock: socket.socket, process: "subprocess.Popen[bytes] | None", label: str) -> None:
         """Wraps a connected socket; `start` is the usual way to get one."""
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(SEND_SECONDS), 0))
         self._sock = sock
         self._process = process
         self._label = label
@@ -58,17 +62,26 @@ class SharedMemoryAccelerator:
 
     @staticmethod
     def start(label: str = "worker", backend: Backend = Backend.AUTO, threads: int = 0) -> "SharedMemoryAccelerator":
-        """Returns a client of a new worker process; the process starts up while the caller goes on."""
+        """Returns a client of a new worker process; the process starts up while the caller goes on.
+
+        Raises:
+            AcceleratorLostError: no process can be started.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             command = [sys.executable, "-I", "-m", "cloister.accelerator.worker", "--fd", str(theirs.fileno())]
-            process = subprocess.Popen(
-                [*command, "--backend", backend.value, "--threads", str(threads)],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ},
-                start_new_session=True,
-            )
+            try:
+                process = subprocess.Popen(
+                    [*command, "--backend", backend.value, "--threads", str(threads)],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,  # what we print must hold nothing that a worker wrote
+                    env={name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ},
+                    start_new_session=True,
+                )
+            except OSError as error:
+                ours.close()
+                raise AcceleratorLostError(f"The worker {label} cannot be started: {error.strerror}.") from error
         return SharedMemoryAccelerator(ours, process, label)
 
     @property
@@ -88,16 +101,12 @@ class SharedMemoryAccelerator:
         self._await_ready()
         if len(self._weights) >= MAX_WEIGHTS:
             raise AcceleratorProtocolError(f"More than {MAX_WEIGHTS} weights.")
-        backing = weight.backing
-        if backing is None:
-            backing = SealedMatrix.create(weight.shape)
-            backing.array[:] = weight.matrix
-            backing.seal()
+        backing = weight.backing or self._copied(weight)
         self._kept.append(backing)
         d_out, d_in = weight.shape
         index = len(self._weights)
         frame = Frame(Kind.REGISTER, self._next(), index, 0, d_in, d_out)
-        self._send(frame, [backing.fileno()])
+        self._send(frame.encode(), [backing.fileno()])
         self._receive(Kind.REGISTERED, REGISTER_SECONDS)
         self._weights[weight.weight_id] = (index, d_in, d_out)
 
@@ -114,7 +123,7 @@ class SharedMemoryAccelerator:
         np.copyto(request.words[: rows * d_in].reshape(rows, d_in), blinded.rows)
         self._request += 1
         header, expected = encode_pair(self._request, index, rows, d_in, d_out)
-        self._send_bytes(header)
+        self._send(header)
         length = self._wait(timeout_seconds)
         if length != HEADER_BYTES or not self._buffer.startswith(expected):  # anything else is explained at leisure
             self._checked(length, Kind.PRODUCT)
@@ -155,27 +164,44 @@ class SharedMemoryAccelerator:
         sizes = [4 * request_words, 4 * answer_words]
         if current:
             sizes = [max(size, arena.size) for size, arena in zip(sizes, current, strict=True)]
-        arenas = (Arena.create(sizes[0]), Arena.create(sizes[1]))
-        self._send(Frame(Kind.ARENAS, self._next()), [arena.fd for arena in arenas])
-        self._receive(Kind.READY, timeout_seconds)
+        try:
+            arenas = (Arena.create(sizes[0]), Arena.create(sizes[1]))
+        except WireError as error:
+            raise self._fail(self._without_memory(error)) from error
+        self._arenas = arenas  # before the worker has answered: `close` frees them whatever it says
         for arena in current or ():
             arena.close()
-        self._arenas = arenas
+        self._send(Frame(Kind.ARENAS, self._next()).encode(), [arena.fd for arena in arenas])
+        self._receive(Kind.READY, timeout_seconds)
         return arenas
+
+    def _copied(self, weight: PublicWeight) -> SealedMatrix:
+        """Returns a sealed copy of a weight that does not lie in sealed memory yet."""
+        try:
+            copy = SealedMatrix.create(weight.shape)
+        except WireError as error:
+            raise self._fail(self._without_memory(error)) from error
+        copy.array[:] = weight.matrix
+        copy.seal()
+        return copy
+
+    def _without_memory(self, error: WireError) -> AcceleratorLostError:
+        return AcceleratorLostError(f"Nothing can be shared with {self.name}: {error.message}", remedy=error.remedy)
 
     def _next(self) -> int:
         self._request += 1
         return self._request
 
-    def _send(self, frame: Frame, descriptors: list[int]) -> None:
+    def _send(self, header: bytes, descriptors: list[int] | None = None) -> None:
         try:
-            socket.send_fds(self._sock, [frame.encode()], descriptors)
-        except OSError as error:
-            raise self._fail(self._lost()) from error
-
-    def _send_bytes(self, header: bytes) -> None:
-        try:
-            self._sock.send(header)
+            if descriptors is None:
+                self._sock.send(header)
+            else:
+                socket.send_fds(self._sock, [header], descriptors)
+        except BlockingIOError as error:
+            raise self._fail(
+                AcceleratorTimeoutError(f"The worker {self.name} does not read what it is sent.")
+            ) from error
         except OSError as error:
             raise self._fail(self._lost()) from error
 
@@ -230,8 +256,7 @@ class SharedMemoryAccelerator:
         return frame
 
     def _text(self, length: int) -> str:
-        raw = bytes(self._buffer[HEADER_BYTES : min(length, HEADER_BYTES + MAX_ERROR_BYTES)])
-        return "".join(c for c in raw.decode("ascii", "replace") if c.isprintable())
+        return peer_text(memoryview(self._buffer)[HEADER_BYTES:length])
 
     def _lost(self) -> AcceleratorLostError:
         code = self._process.poll() if self._process is not None else None

@@ -78,10 +78,7 @@ class Worker:
             self._registry.add(frame, map_sealed_matrix(descriptors[0], (frame.d_out, frame.d_in)))
             return Frame(Kind.REGISTERED, frame.request, frame.weight).encode()
         if frame.kind is Kind.ARENAS and len(descriptors) == 2:
-            request, answer = (Arena.received(fd) for fd in descriptors)
-            self._arenas = (request, answer)
-            request.close()
-            answer.close()
+            self._arenas = (Arena.received(descriptors[0]), Arena.received(descriptors[1]))
             return Frame(Kind.READY, frame.request).encode()
         raise WireError(f"A {frame.kind.name} frame came with {len(descriptors)} descriptors.")
 

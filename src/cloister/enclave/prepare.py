@@ -25,7 +25,7 @@ from cloister.settings import BlindingSettings, Weights
 from cloister.wire.messages import PublicWeight, weight_hash
 from cloister.wire.sealed_memory import SealedMatrix
 
-SLICE_BYTES: Final = 32 * 2**20
+SLICE_BYTES: Final = 8 * 2**20
 """Float32 bytes of a weight that are in memory at once while it is quantised."""
 
 Progress = Callable[[str, int, int], None]

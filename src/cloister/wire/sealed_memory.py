@@ -78,7 +78,7 @@ def map_sealed_matrix(fd: int, shape: tuple[int, int]) -> Int8[np.ndarray, "rows
         WireError: its size is not the announced one, it could still change, or memory or descriptors are short.
     """
     size = shape[0] * shape[1]
-    if os.fstat(fd).st_size != size or fcntl.fcntl(fd, _GET_SEALS) & _FROZEN != _FROZEN:
+    if os.fstat(fd).st_size != size or _seals(fd) & _FROZEN != _FROZEN:
         raise WireError(f"A weight of {shape} is not sealed memory of {size} bytes.")
     return np.frombuffer(_map(fd, size, mmap.PROT_READ), np.int8).reshape(shape)
 
@@ -112,21 +112,33 @@ class Arena:
 
     @staticmethod
     def received(fd: int) -> "Arena":
-        """Returns the block behind a received descriptor, which stays the caller's to close.
+        """Returns the block behind a received descriptor; the descriptor stays the caller's to close.
 
         Raises:
             WireError: it could still be resized, is not made of words, or memory or descriptors are short.
         """
         size = os.fstat(fd).st_size
-        if size % 4 or fcntl.fcntl(fd, _GET_SEALS) & _FIXED != _FIXED:
+        if size % 4 or _seals(fd) & _FIXED != _FIXED:
             raise WireError("An arena is not sealed memory of whole words.")
-        return Arena(os.dup(fd), size)
+        arena = Arena(os.dup(fd), size)
+        arena.close()  # the mapping keeps the memory
+        return arena
 
     def close(self) -> None:
         """Closes the descriptor; the memory goes when the last array on it does."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _seals(fd: int) -> int:
+    try:
+        return fcntl.fcntl(fd, _GET_SEALS)
+    except OSError:  # not a memory file: nothing is sealed
+        return 0
 
 
 def _memfd(name: str, size: int) -> int:
