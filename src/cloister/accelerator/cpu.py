@@ -1,22 +1,25 @@
 """Int8 products on a CPU: the processor's dot-product instruction through Numba, or torch, or onnxruntime.
 
 All are exact and equal bit for bit. `auto` takes Numba where the processor has the instruction (measured: it reads weights
-where they lie, at the speed of memory); elsewhere it times what is installed on one decode-shaped product.
+where they lie, at the speed of memory); elsewhere it times what is installed on one decode-shaped product and says so in
+its name. Importing torch takes seconds, so nothing is imported to be measured where the choice is clear. A process uses one
+pool of threads.
 """
 
 import importlib.util
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int8, Int32
 
-from cloister.accelerator.onnx_product import OnnxProduct
+from cloister.accelerator.onnx_product import OnnxProduct, share_threads
 from cloister.arith.digits import split_digits
 from cloister.arith.modulus import HALF, P
 from cloister.arith.product import modular_product
-from cloister.arith.team import Team
+from cloister.arith.team import Team, usable_cores
 from cloister.arith.vector import InstructionSet, best_instruction_set
 from cloister.errors import SettingsError
 from cloister.settings import Backend
@@ -33,10 +36,8 @@ two products of a decode step."""
 class Multiplier(Protocol):
     """Multiplies rows by weights that it has prepared."""
 
-    @property
-    def name(self) -> str:
-        """What it multiplies with."""
-        ...
+    name: str
+    """What it multiplies with."""
 
     def prepare(self, matrix: Int8[np.ndarray, "d_out d_in"]) -> object:
         """Returns whatever this backend wants to keep of a weight."""
@@ -46,6 +47,10 @@ class Multiplier(Protocol):
         self, weight: Any, rows: Int32[np.ndarray, "tokens d_in"], out: Int32[np.ndarray, "tokens d_out"]
     ) -> None:
         """Fills `out` with `rows @ matrix.T` modulo P, centred."""
+        ...
+
+    def close(self) -> None:
+        """Ends the threads that are its own; products still work afterwards, on the calling thread."""
         ...
 
 
@@ -66,6 +71,10 @@ class NumbaMultiplier:
         """Fills `out` with the product."""
         modular_product(weight, rows, out, self._team)
 
+    def close(self) -> None:
+        """Ends the team."""
+        self._team.close()
+
 
 class TorchMultiplier:
     """`torch._int_mm` on the signed digits of the rows, stacked: int8 x int8 -> int32."""
@@ -80,7 +89,9 @@ class TorchMultiplier:
 
     def prepare(self, matrix: Int8[np.ndarray, "d_out d_in"]) -> object:
         """Returns the weight as a tensor on the same memory, transposed."""
-        return self._torch.frombuffer(matrix, dtype=self._torch.int8).reshape(matrix.shape).t()
+        with warnings.catch_warnings():  # a sealed weight is read-only; torch would rather own what it reads
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            return self._torch.frombuffer(matrix, dtype=self._torch.int8).reshape(matrix.shape).t()
 
     def multiply(
         self, weight: Any, rows: Int32[np.ndarray, "tokens d_in"], out: Int32[np.ndarray, "tokens d_out"]
@@ -91,6 +102,9 @@ class TorchMultiplier:
         parts = self._torch._int_mm(stacked, weight).numpy().reshape(4, rows.shape[0], -1)
         _recombine(parts, out)
 
+    def close(self) -> None:
+        """Leaves torch's threads, which belong to the process."""
+
 
 class OnnxMultiplier:
     """onnxruntime's `MatMulInteger` on unsigned digits: uint8 x int8 -> int32."""
@@ -98,12 +112,12 @@ class OnnxMultiplier:
     def __init__(self, threads: int) -> None:
         import onnxruntime
 
-        self._threads = threads
+        share_threads(threads or usable_cores())
         self.name = f"onnxruntime {onnxruntime.__version__}"
 
     def prepare(self, matrix: Int8[np.ndarray, "d_out d_in"]) -> object:
         """Returns a session that holds the weight."""
-        return OnnxProduct(matrix, self._threads)
+        return OnnxProduct(matrix)
 
     def multiply(
         self, weight: Any, rows: Int32[np.ndarray, "tokens d_in"], out: Int32[np.ndarray, "tokens d_out"]
@@ -112,6 +126,9 @@ class OnnxMultiplier:
         planes = split_digits(rows)[:, :, : rows.shape[1]].transpose(1, 0, 2)
         parts = weight.multiply(np.ascontiguousarray(planes).reshape(-1, rows.shape[1]))
         _recombine(parts.reshape(4, rows.shape[0], -1), out)
+
+    def close(self) -> None:
+        """Leaves onnxruntime's threads, which belong to the process."""
 
 
 def signed_digits(rows: Int32[np.ndarray, "tokens d_in"]) -> Int8[np.ndarray, "4 tokens d_in"]:
@@ -154,13 +171,24 @@ def open_multiplier(backend: Backend, threads: int) -> Multiplier:
     if backend is Backend.AUTO:
         if best_instruction_set() is not InstructionSet.PORTABLE:
             return NumbaMultiplier(threads)
-        return min((MULTIPLIERS[name](threads) for name in installed_backends()), key=seconds_per_product)
+        return fastest([MULTIPLIERS[name](threads) for name in installed_backends()])
     if backend not in installed_backends():
         raise SettingsError(
             f"The accelerator backend {backend.value!r} is not installed.",
             remedy="Install it with: pip install 'cloister[accelerator]', or set accelerator.backend to auto.",
         )
     return MULTIPLIERS[backend](threads)
+
+
+def fastest(candidates: list[Multiplier]) -> Multiplier:
+    """Returns the multiplier that takes least time for one trial product, named with all figures; closes the others."""
+    timed = sorted(((seconds_per_product(candidate), candidate) for candidate in candidates), key=lambda pair: pair[0])
+    for _, loser in timed[1:]:
+        loser.close()
+    chosen = timed[0][1]
+    figures = ", ".join(f"{candidate.name} {seconds * 1e3:.2g} ms" for seconds, candidate in timed)
+    chosen.name = f"{chosen.name} (fastest of: {figures})"
+    return chosen
 
 
 def seconds_per_product(multiplier: Multiplier, shape: tuple[int, int] = _TRIAL_SHAPE, tokens: int = 1) -> float:

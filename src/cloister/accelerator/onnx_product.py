@@ -3,8 +3,16 @@
 The few fields that are used keep their numbers for ever: that is what protobuf promises. Source: onnx/onnx.proto3.
 """
 
+import contextlib
+from typing import Final
+
 import numpy as np
 from jaxtyping import Int8, Int32, UInt8
+
+from cloister.errors import WireError
+
+MAX_MODEL_BYTES: Final = 2**31 - 2**16
+"""Largest weight in one model: a protobuf message ends at 2 GiB."""
 
 _UINT8, _INT8, _INT32 = 2, 3, 6  # TensorProto.DataType
 
@@ -12,12 +20,14 @@ _UINT8, _INT8, _INT32 = 2, 3, 6  # TensorProto.DataType
 class OnnxProduct:
     """A weight held by an onnxruntime session."""
 
-    def __init__(self, matrix: Int8[np.ndarray, "d_out d_in"], threads: int = 0) -> None:
+    def __init__(self, matrix: Int8[np.ndarray, "d_out d_in"]) -> None:
+        """Copies the weight into a session whose threads are those of the process (see `share_threads`)."""
         import onnxruntime
 
+        if matrix.nbytes > MAX_MODEL_BYTES:
+            raise WireError(f"onnxruntime takes no weight of {matrix.nbytes} bytes.", remedy="Use the numba backend.")
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
+        options.use_per_session_threads = False
         self._session = onnxruntime.InferenceSession(
             _model(np.ascontiguousarray(matrix.T)), options, providers=["CPUExecutionProvider"]
         )
@@ -26,6 +36,18 @@ class OnnxProduct:
         """Returns the integer product of unsigned digits and the weight."""
         result: np.ndarray = self._session.run(None, {"x": digits})[0]
         return result
+
+
+def share_threads(threads: int) -> None:
+    """Makes all sessions of this process share `threads` threads: one pool for each of a hundred weights would thrash.
+
+    onnxruntime fixes the number with the first session of a process; a later call leaves it as it is.
+    """
+    import onnxruntime
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+
+    with contextlib.suppress(Fail):
+        onnxruntime.set_global_thread_pool_sizes(threads, 1)
 
 
 def _model(weight: Int8[np.ndarray, "d_in d_out"]) -> bytes:

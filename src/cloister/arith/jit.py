@@ -4,17 +4,20 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 
 def compiled(function: Callable[..., object]) -> Callable[..., Any]:
     """Returns `function` compiled on first call; the machine code is cached on disk and found by the next process.
 
     The compiled function releases the interpreter lock and keeps IEEE semantics: no sum is reordered, no NaN assumed
-    away. What both sides of a check compute is compiled this way.
+    away, a division by zero is an infinity (raising would keep loops from vectorising). What both sides of a check compute
+    is compiled this way.
     """
     # The tests' shape checker wraps every function of the package; a kernel is compiled from what it wraps.
-    result: Callable[..., Any] = njit(cache=True, nogil=True)(inspect.unwrap(function))
+    result: Callable[..., Any] = njit(cache=True, nogil=True, error_model="numpy")(inspect.unwrap(function))
     return result
 
 
@@ -23,7 +26,13 @@ def compiled_float(function: Callable[..., object]) -> Callable[..., Any]:
 
     For float kernels whose sums must vectorise. Still deterministic on one machine; NaN and infinity keep their meaning.
     """
-    result: Callable[..., Any] = njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})(
+    result: Callable[..., Any] = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})(
         inspect.unwrap(function)
     )
     return result
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def float_of_bits(_context: Any, _bits: Any) -> Any:
+    """In compiled code: returns the float32 with the given int32 bits, without a detour through memory."""
+    return types.float32(types.int32), lambda _c, builder, _s, args: builder.bitcast(args[0], ir.FloatType())

@@ -119,15 +119,14 @@ def open_product(product, pad_product, check, expected, scales, weight_scales, b
     tokens, d_out = out.shape
     planes = weight_scales.shape[0]
     for t in range(tokens):
-        wild = np.int32(0)
-        for j in range(product.shape[1]):
-            wild |= np.int32(product[t, j] > HALF) | np.int32(product[t, j] < -HALF)
-        wrong = wild != 0
+        wrong = False
         for c in range(check.shape[0]):
-            total = np.int64(0)
+            total, wild = np.int64(0), np.int64(0)
             for j in range(product.shape[1]):
-                total += fold(np.int64(product[t, j]) * np.int64(check[c, j]))
-            wrong |= total % P != expected[t, c]
+                value = np.int64(product[t, j])
+                total += fold(value * np.int64(check[c, j]))
+                wild |= (HALF - value) | (HALF + value)  # negative if the value lies outside the centred range
+            wrong |= (total % P != expected[t, c]) | (wild < 0)
         if wrong:
             out[:] = np.float32(0.0)
             return t

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from cloister.arith.jit import compiled_float
+from cloister.arith.jit import compiled_float, float_of_bits
 
 
 @compiled_float
@@ -44,18 +44,19 @@ def add_rms_norm(residual, delta, weight, epsilon, out):  # type: ignore[no-unty
 @compiled_float
 def _rotate_head(source, norm, epsilon, cos, sin, target):  # type: ignore[no-untyped-def]
     half = cos.shape[0]
-    scale = np.float32(1.0)
+    left, right = source[:half], source[half:]
+    first, second = target[:half], target[half:]
     if norm.shape[0] > 0:
         scale = np.float32(1.0) / np.float32(math.sqrt(mean_square(source) + epsilon))
+        norm_left, norm_right = norm[:half], norm[half:]
         for k in range(half):
-            left = norm[k] * (source[k] * scale)
-            right = norm[k + half] * (source[k + half] * scale)
-            target[k] = left * cos[k] - right * sin[k]
-            target[k + half] = right * cos[k] + left * sin[k]
+            a, b = norm_left[k] * (left[k] * scale), norm_right[k] * (right[k] * scale)
+            first[k] = a * cos[k] - b * sin[k]
+            second[k] = b * cos[k] + a * sin[k]
     else:
         for k in range(half):
-            target[k] = source[k] * cos[k] - source[k + half] * sin[k]
-            target[k + half] = source[k + half] * cos[k] + source[k] * sin[k]
+            first[k] = left[k] * cos[k] - right[k] * sin[k]
+            second[k] = right[k] * cos[k] + left[k] * sin[k]
 
 
 @compiled_float
@@ -102,7 +103,7 @@ def exponential(x):  # type: ignore[no-untyped-def]
     p = p * f + np.float32(0.5)
     p = p * f + np.float32(1.0)
     p = p * f + np.float32(1.0)
-    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return p * float_of_bits(np.int32((np.int32(n) + np.int32(127)) << np.int32(23)))
 
 
 @compiled_float
@@ -110,9 +111,9 @@ def swiglu(gate_up, out):  # type: ignore[no-untyped-def]
     """Fills `out = silu(gate) * up`; gate_up float32 [tokens, 2 * ffn] holds gate then up; out [tokens, ffn]."""
     ffn = out.shape[1]
     for t in range(out.shape[0]):
+        gate, up, row = gate_up[t, :ffn], gate_up[t, ffn:], out[t]  # slices: a sum as an index would not vectorise
         for k in range(ffn):
-            gate = gate_up[t, k]
-            out[t, k] = gate / (np.float32(1.0) + exponential(-gate)) * gate_up[t, ffn + k]
+            row[k] = gate[k] / (np.float32(1.0) + exponential(-gate[k])) * up[k]
 
 
 @compiled_float
@@ -153,8 +154,9 @@ def attention(query, keys, values, where, window, scores, out):  # type: ignore[
                 for g in range(group):
                     weight = scores[g, position]
                     start = (h * group + g) * head_dim
+                    row, value = out[t, start : start + head_dim], values[page, h, slot]
                     for k in range(head_dim):
-                        out[t, start + k] += weight * values[page, h, slot, k]
+                        row[k] += weight * value[k]
 
 
 @compiled_float
