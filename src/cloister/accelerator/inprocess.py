@@ -14,7 +14,7 @@ class InProcessAccelerator:
 
     def __init__(self, backend: Backend = Backend.NUMBA, threads: int = 1) -> None:
         self._multiplier: Multiplier = open_multiplier(backend, threads)
-        self._weights: dict[bytes, tuple[object, int]] = {}
+        self._weights: dict[bytes, tuple[object, int, int]] = {}
         self._closed = False
 
     @property
@@ -24,21 +24,28 @@ class InProcessAccelerator:
 
     def register(self, weight: PublicWeight) -> None:
         """Keeps `weight` for products."""
+        self._check_open()
         if weight.weight_id not in self._weights:
-            self._weights[weight.weight_id] = (self._multiplier.prepare(weight.matrix), weight.shape[0])
+            self._weights[weight.weight_id] = (self._multiplier.prepare(weight.matrix), *weight.shape)
 
     def multiply(self, weight_id: bytes, blinded: Blinded, timeout_seconds: float) -> Int32[np.ndarray, "rows d_out"]:
         """Returns the product modulo P; there is nothing to time out."""
-        if self._closed:
-            raise AcceleratorLostError(f"The accelerator {self.name} is closed.")
+        self._check_open()
         if weight_id not in self._weights:
             raise AcceleratorProtocolError("The weight was not registered.")
-        prepared, d_out = self._weights[weight_id]
+        prepared, d_out, d_in = self._weights[weight_id]
+        if blinded.rows.shape[1] != d_in:
+            raise AcceleratorProtocolError(f"Rows of {blinded.rows.shape[1]} do not fit a weight of {d_out} x {d_in}.")
         out = np.empty((blinded.rows.shape[0], d_out), np.int32)
         self._multiplier.multiply(prepared, blinded.rows, out)
         return out
 
     def close(self) -> None:
-        """Forgets the weights."""
+        """Forgets the weights and ends the threads; harmless when already closed."""
         self._weights.clear()
+        self._multiplier.close()
         self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise AcceleratorLostError(f"The accelerator {self.name} is closed.", remedy="Open another.")

@@ -225,6 +225,7 @@ class AcceleratorServer:
             for client in self._clients:
                 with contextlib.suppress(OSError):
                     client.shutdown(socket.SHUT_RDWR)
+        self._multiplier.close()
 
     def _serve_client(self, sock: socket.socket) -> None:
         registry = Registry(self._multiplier, self._max_bytes)
@@ -285,10 +286,9 @@ class AcceleratorServer:
 
 
 def _refuse(sock: socket.socket, request: int, error: CloisterError | MemoryError) -> None:
-    status = error.status if isinstance(error, RefusedError) else Status.BAD_FRAME
-    text = error.message if isinstance(error, CloisterError) else "Memory is short."
-    if isinstance(error, MemoryError):
-        status = Status.NO_MEMORY
+    status, text = Status.NO_MEMORY, "Memory is short."
+    if isinstance(error, CloisterError):
+        status, text = error.status if isinstance(error, RefusedError) else Status.BAD_FRAME, error.message
     raw = text.encode("ascii", "replace")[:MAX_ERROR_BYTES]
     reply = Frame(Kind.ERROR, request, rows=len(raw), status=status).encode() + raw
     send(sock, reply, time.monotonic() + LINGER_SECONDS)

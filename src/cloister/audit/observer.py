@@ -1,7 +1,9 @@
-"""The curious accelerator: passes everything on, and remembers exactly what it was given."""
+"""The curious accelerator: passes everything on, and remembers exactly what it was given, and when."""
 
 import threading
-from typing import Final
+import time
+from collections import deque
+from typing import Final, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -14,15 +16,35 @@ DEFAULT_MEMORY_BYTES: Final = 32 * 2**20
 """How much an observer remembers before it drops the oldest rows."""
 
 
+MAX_REQUESTS: Final = 2**16
+"""Of how many requests an observer remembers time and shape."""
+
+
+class Request(NamedTuple):
+    """What a product request shows beside its rows: when it came and how long it took, on the monotonic clock."""
+
+    weight_id: bytes
+    rows: int
+    d_in: int
+    started_seconds: float
+    took_seconds: float
+
+
 class Observer:
-    """Wraps any accelerator and records the blinded rows that it receives, the newest up to a limit of bytes."""
+    """Wraps any accelerator and records the blinded rows that it receives, the newest up to a limit of bytes.
+
+    Of a single product larger than the limit, the first rows that fit are kept.
+    """
 
     def __init__(self, inner: Accelerator, memory_bytes: int = DEFAULT_MEMORY_BYTES) -> None:
         self._inner = inner
         self._limit = memory_bytes
         self._lock = threading.Lock()
-        self._seen: list[tuple[bytes, Int32[np.ndarray, "rows d_in"]]] = []
+        self._seen: deque[tuple[bytes, Int32[np.ndarray, "rows d_in"]]] = deque()
         self._bytes = 0
+        self._requests: deque[Request] = deque(maxlen=MAX_REQUESTS)
+        self.weights: dict[bytes, tuple[int, int]] = {}
+        """Shape of every weight that it was given, in the order they came."""
         self.products = 0
         """Products asked of it."""
         self.rows = 0
@@ -34,20 +56,29 @@ class Observer:
         return self._inner.name
 
     def register(self, weight: PublicWeight) -> None:
-        """Passes a public weight on."""
+        """Remembers a public weight's identity, then passes it on."""
+        self.weights[weight.weight_id] = weight.shape
         self._inner.register(weight)
 
     def multiply(self, weight_id: bytes, blinded: Blinded, timeout_seconds: float) -> Int32[np.ndarray, "rows d_out"]:
         """Remembers the rows, then passes them on."""
-        copy = blinded.rows.copy()
+        rows, d_in = blinded.rows.shape
+        copy = blinded.rows[: self._limit // (4 * d_in)].copy()
         with self._lock:
             self.products += 1
-            self.rows += copy.shape[0]
-            self._seen.append((weight_id, copy))
-            self._bytes += copy.nbytes
-            while self._bytes > self._limit and len(self._seen) > 1:
-                self._bytes -= self._seen.pop(0)[1].nbytes
-        return self._inner.multiply(weight_id, blinded, timeout_seconds)
+            self.rows += rows
+            if copy.size:
+                self._seen.append((weight_id, copy))
+                self._bytes += copy.nbytes
+            while self._bytes > self._limit:
+                self._bytes -= self._seen.popleft()[1].nbytes
+        started = time.monotonic()
+        try:
+            return self._inner.multiply(weight_id, blinded, timeout_seconds)
+        finally:
+            request = Request(weight_id, rows, d_in, started, time.monotonic() - started)
+            with self._lock:
+                self._requests.append(request)
 
     def close(self) -> None:
         """Closes what is observed."""
@@ -59,9 +90,15 @@ class Observer:
         with self._lock:
             return list(self._seen)
 
+    @property
+    def requests(self) -> list[Request]:
+        """The newest requests, oldest first: all that shapes and timing tell."""
+        with self._lock:
+            return list(self._requests)
+
     def sample(self, count: int) -> list[Int32[np.ndarray, " d_in"]]:
-        """Returns the first row of each of the newest `count` products."""
-        return [rows[0] for _, rows in self.seen[-count:]]
+        """Returns the first row of each of the newest `count` products that are remembered."""
+        return [rows[0] for _, rows in self.seen[-count:]] if count else []
 
     def uniformity(self) -> Uniformity:
         """Returns the tests of uniformity over everything remembered."""
