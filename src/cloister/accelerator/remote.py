@@ -183,8 +183,7 @@ class AcceleratorServer:
             self._listener = socket.create_server((host, port), family=family, backlog=MAX_CLIENTS)
         except OSError as error:
             raise SettingsError(f"Cannot listen at {address}: {error}.", remedy="Choose another address.") from error
-        self._clients: set[socket.socket] = set()
-        self._clients_lock = threading.Lock()
+        self._clients, self._clients_lock = set[socket.socket](), threading.Lock()
         self._closed = False
 
     @property
@@ -290,8 +289,8 @@ def _refuse(sock: socket.socket, request: int, error: CloisterError | MemoryErro
     if isinstance(error, CloisterError):
         status, text = error.status if isinstance(error, RefusedError) else Status.BAD_FRAME, error.message
     raw = text.encode("ascii", "replace")[:MAX_ERROR_BYTES]
-    reply = Frame(Kind.ERROR, request, rows=len(raw), status=status).encode() + raw
-    send(sock, reply, time.monotonic() + LINGER_SECONDS)
+    header = Frame(Kind.ERROR, request, rows=len(raw), status=status).encode()
+    send(sock, header + raw, time.monotonic() + LINGER_SECONDS)
 
 
 def _linger(sock: socket.socket) -> None:
