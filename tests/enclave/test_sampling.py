@@ -1,16 +1,10 @@
-"""Sampling against transformers' processors and naive twins; streaming text; stop texts."""
+"""Sampling against transformers' processors and naive twins."""
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from cloister.assets import demo_model
-from cloister.enclave.detokenise import StreamDecoder
 from cloister.enclave.sampling import Sampler, SamplingSettings
-from cloister.enclave.stopping import StopDetector
 from cloister.errors import RequestError
 
 VOCAB = 50
@@ -113,71 +107,3 @@ def test_arguments_outside_their_range_are_named(name: str, value: object) -> No
 def test_tokens_outside_the_vocabulary_are_refused() -> None:
     with pytest.raises(RequestError, match="Token 50"):
         Sampler(SamplingSettings(logit_bias={50: 1.0}), VOCAB, [])
-
-
-def byte_level_tokenizer() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator(["naïve café 東京 🦊🪁 the fox and the kite"] * 3, trainer)
-    return tokenizer
-
-
-BYTE_LEVEL = byte_level_tokenizer()
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.text(max_size=60))
-def test_pieces_of_any_text_add_up_and_never_break_a_character(text: str) -> None:
-    ids = BYTE_LEVEL.encode(text).ids
-    decoder = StreamDecoder(BYTE_LEVEL.decode)
-    pieces = [decoder.push(token) for token in ids]
-    assert not any("\ufffd" in piece for piece in pieces if "\ufffd" not in text)
-    assert "".join(pieces) + decoder.flush() == text
-
-
-def test_streaming_equals_decoding_for_a_sentencepiece_style_tokenizer(shared_assets) -> None:  # type: ignore[no-untyped-def]
-    tokenizer = Tokenizer.from_file(str(shared_assets / "tokenizers" / "mistral-v0.1-chatml" / "tokenizer.json"))
-    for text in ("Hello world, how are you?", "  two spaces\n\nand 東京 🦊 — naïve", "one\ttwo"):
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-        decoder = StreamDecoder(tokenizer.decode)
-        streamed = "".join([decoder.push(token) for token in ids]) + decoder.flush()
-        assert streamed == tokenizer.decode(ids)
-
-
-def test_streaming_equals_decoding_for_random_tokens_of_the_demo_model(rng: np.random.Generator) -> None:
-    tokenizer = Tokenizer.from_file(str(demo_model() / "tokenizer.json"))
-    ids = [int(token) for token in rng.integers(4, 2048, 300) if len(tokenizer.decode([int(token)])) > 0]
-    readable = [token for token in ids if "\ufffd" not in tokenizer.decode([token])]
-    decoder = StreamDecoder(tokenizer.decode)
-    assert "".join([decoder.push(token) for token in readable]) + decoder.flush() == tokenizer.decode(readable)
-
-
-@settings(deadline=None, max_examples=300)
-@given(
-    st.lists(st.text("ab<|", max_size=4), max_size=12),
-    st.lists(st.text("ab<|", min_size=1, max_size=4), min_size=1, max_size=3),
-)
-def test_output_is_the_text_cut_at_the_first_stop_however_it_is_divided(pieces: list[str], stops: list[str]) -> None:
-    detector = StopDetector(tuple(stops))
-    out, stopped = "", False
-    for piece in pieces:
-        emitted, stopped = detector.push(piece)
-        out += emitted
-        assert not any(stop in out for stop in stops)
-        if stopped:
-            break
-    if not stopped:
-        out += detector.flush()
-    text = "".join(pieces)
-    cuts = [text.find(stop) for stop in stops if stop in text]
-    if stopped:
-        assert text.startswith(out)
-        assert any(text[len(out) :].startswith(stop) for stop in stops)
-        assert len(out) >= min(cuts)
-    else:
-        assert out == text
-        assert not cuts
