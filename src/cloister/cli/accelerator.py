@@ -4,8 +4,6 @@ from typing import Annotated
 
 import typer
 
-from cloister.accelerator.cpu import open_multiplier
-from cloister.accelerator.remote import AcceleratorServer
 from cloister.cli.display import stderr
 from cloister.settings import Backend
 
@@ -25,6 +23,9 @@ def accelerator(
     It sees public weights and blinded integers, and has no access control of its own: bind it to a private network.
     The other side runs [bold]cloister chat MODEL --accelerator HOST:PORT[/bold].
     """
+    from cloister.accelerator.cpu import open_multiplier  # here: the other commands start faster without Numba
+    from cloister.accelerator.remote import AcceleratorServer
+
     server = AcceleratorServer(listen, lambda: open_multiplier(backend, threads), int(max_weight_gib * 2**30))
     stderr().print(f"accelerator at {server.address} ({server.backend}); Ctrl-C ends it")
     try:

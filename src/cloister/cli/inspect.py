@@ -3,15 +3,17 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
 from cloister.cli import options as o
 from cloister.cli.display import human_bytes, human_count, stdout
-from cloister.model.directory import open_model
-from cloister.model.spec import ModelSpec
 from cloister.settings import Placement, Settings, Weights
+
+if TYPE_CHECKING:
+    from cloister.model.spec import ModelSpec
 
 LEARNS = (
     "the architecture and the public weights (it is given them)",
@@ -62,7 +64,7 @@ class Inspection:
     does_not_learn: tuple[str, ...]
 
 
-def examine(name: str, spec: ModelSpec, settings: Settings) -> Inspection:
+def examine(name: str, spec: "ModelSpec", settings: Settings) -> Inspection:
     """Returns the report for a model of `spec` under `settings`."""
     planes = 2 if settings.blinding.weights is Weights.INT8X2 else 1
     lent = settings.blinding.placement is Placement.BLINDED
@@ -116,6 +118,8 @@ def inspect(
 
     Reads the configuration and the headers only: a 70-billion-parameter model takes a second.
     """
+    from cloister.model.directory import open_model  # here: the other commands start faster without NumPy
+
     settings = o.RuntimeOptions(file, weights, placement, pantry_mib=pantry).settings()
     path = Path(model)
     directory = open_model(path)

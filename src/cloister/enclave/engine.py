@@ -24,7 +24,6 @@ from cloister.enclave.stopping import StopDetector
 from cloister.errors import GenerationCancelled, RequestError
 from cloister.model.generation_config import GenerationDefaults
 from cloister.model.tokenizer import Tokenizer
-from cloister.settings import Settings
 from cloister.wire.session import Delta, Finished, Generate, Meter, Sampling
 
 Number = TypeVar("Number", int, float)
@@ -46,7 +45,6 @@ class Engine:
         pantry: Pantry,
         tokenizer: Tokenizer,
         defaults: GenerationDefaults,
-        settings: Settings,
         *,
         mill: Mill | None = None,
     ) -> None:
@@ -55,7 +53,6 @@ class Engine:
         self._pantry = pantry
         self.tokenizer = tokenizer
         self._defaults = defaults
-        self._settings = settings
         self._mill = mill
         self.cached: list[int] = []  # tokens whose keys and values are in the cache
 

@@ -15,7 +15,6 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from cloister.arith.team import Team
 from cloister.blinding.linear import LentLinear
 from cloister.enclave.kernels import add_rms_norm, attention, rms_norm, rotate_and_store, swiglu
 from cloister.enclave.kvcache import CachedSequence, PagedKVCache
@@ -57,7 +56,6 @@ class Forward:
         cache: PagedKVCache,
         *,
         shape_hiding: int = 0,
-        team: Team | None = None,
     ) -> None:
         self._model = model
         self._gate = gate
@@ -65,7 +63,6 @@ class Forward:
         self._sequence = cache.sequence()
         self._rotary = RotaryEmbedding(model.spec.rope, model.spec.head_dim)
         self._bucket = shape_hiding
-        self._team = team
         self._norms = [_stack(layer.query_norm, layer.key_norm) for layer in model.layers]
         self._epsilon = np.float32(model.spec.norm_epsilon)
 

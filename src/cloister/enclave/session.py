@@ -48,10 +48,6 @@ class Session:
             except CloisterError as error:
                 self.socket.send(failure(error))
 
-    def report(self, incident: Incident) -> None:
-        """Tells the client about a failure of an accelerator."""
-        self.socket.send(Event(incident.accelerator, incident.linear, incident.reason, incident.outcome.value))
-
     def _next(self) -> ToEnclave | None:
         while True:
             try:
@@ -95,6 +91,11 @@ class Session:
         if message is None or isinstance(message, Cancel):
             raise GenerationCancelled("The client asked to stop.")
         raise RequestError("A request arrived while another was being answered.", remedy="Wait for its end or cancel.")
+
+
+def report(socket: SessionSocket, incident: Incident) -> None:
+    """Tells the client about a failure of an accelerator."""
+    socket.send(Event(incident.accelerator, incident.linear, incident.reason, incident.outcome.value))
 
 
 def failure(error: CloisterError) -> Failure:

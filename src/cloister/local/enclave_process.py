@@ -7,6 +7,7 @@ but its socket, but not protected from the host. It says so in the message that 
 import socket
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from cloister.accelerator.api import Accelerator
@@ -23,7 +24,7 @@ from cloister.enclave.forward import Forward
 from cloister.enclave.kvcache import PagedKVCache
 from cloister.enclave.outsource import Gate
 from cloister.enclave.prepare import prepare
-from cloister.enclave.session import Session, failure
+from cloister.enclave.session import Session, failure, report
 from cloister.errors import CloisterError, WireError
 from cloister.model.directory import open_model
 from cloister.settings import AcceleratorSettings, Placement, Settings, from_mapping
@@ -116,20 +117,12 @@ class EnclaveProcess:
             )
             self._mill = Mill(pantry, target)
         cache = PagedKVCache(spec.layers, spec.kv_heads, spec.head_dim, settings.cache.page_tokens, context)
-        session = Session(self._session, None, self._sightings(observer))  # type: ignore[arg-type]
         gate = Gate(
-            model.linears,
-            staged,
-            pantry,
-            settings,
-            mill=self._mill,
-            team=Team(usable_cores()),
-            on_incident=session.report,
-        )
+            model.linears, staged, pantry, settings,
+            mill=self._mill, team=Team(usable_cores()), on_incident=partial(report, self._session),
+        )  # fmt: skip
         forward = Forward(model, gate, cache, shape_hiding=settings.blinding.shape_hiding)
-        session.engine = Engine(
-            forward, gate, pantry, directory.tokenizer, directory.defaults, settings, mill=self._mill
-        )
+        engine = Engine(forward, gate, pantry, directory.tokenizer, directory.defaults, mill=self._mill)
         self._session.send(
             Ready(
                 model=directory.path.name,
@@ -141,32 +134,27 @@ class EnclaveProcess:
                 tee=STAND_IN,
             )
         )
-        return session
+        return Session(self._session, engine, partial(sightings, observer) if observer is not None else None)
 
     @staticmethod
     def _first_stock(pantry: Pantry) -> int:
         """Returns how many tokens to stock before the session opens: a few, quickly; the mill makes the rest."""
         return max(1, min(64, 32 * 2**20 // pantry.bytes_per_token))
 
-    @staticmethod
-    def _sightings(observer: Observer | None):  # type: ignore[no-untyped-def]
-        if observer is None:
-            return None
 
-        def report() -> Sightings:
-            seen = observer.uniformity()
-            return Sightings(
-                products=observer.products,
-                rows=observer.rows,
-                elements=seen.elements,
-                sample=tuple(tuple(int(v) for v in row[:12]) for row in observer.sample(3)),
-                histogram=tuple(int(v) for v in seen.histogram),
-                chi_square_p=seen.chi_square_p,
-                kolmogorov_smirnov_p=seen.kolmogorov_smirnov_p,
-                uniform=seen.uniform,
-            )
-
-        return report
+def sightings(observer: Observer) -> Sightings:
+    """Returns what an observer saw, as a message: some rows, a histogram, the tests of uniformity."""
+    seen = observer.uniformity()
+    return Sightings(
+        products=observer.products,
+        rows=observer.rows,
+        elements=seen.elements,
+        sample=tuple(tuple(int(v) for v in row[:12]) for row in observer.sample(3)),
+        histogram=tuple(int(v) for v in seen.histogram),
+        chi_square_p=seen.chi_square_p,
+        kolmogorov_smirnov_p=seen.kolmogorov_smirnov_p,
+        uniform=seen.uniform,
+    )
 
 
 def main() -> int:
