@@ -161,3 +161,18 @@ def test_control_c_stops_the_answer_and_not_the_session() -> None:
 
 def test_the_version_is_printed() -> None:
     assert re.fullmatch(r"cloister \d+\.\d+\.\d+\n", run("--version").stdout)
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_twice(tmp_path: Path) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [*CLOISTER, "generate", DEMO, "-p", "Once upon a time", "-n", "30", "--quiet"]
+
+    def compiled() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb*")}
+
+    subprocess.run(command, env=environment, capture_output=True, check=True, timeout=280)
+    first = compiled()
+    assert len(first) > 20
+    subprocess.run(command, env=environment, capture_output=True, check=True, timeout=280)
+    assert compiled() == first
