@@ -89,6 +89,7 @@ class TorchMultiplier:
 
     def prepare(self, matrix: Int8[np.ndarray, "d_out d_in"]) -> object:
         """Returns the weight as a tensor on the same memory, transposed."""
+        matrix = _at_least_two_columns(matrix)
         with warnings.catch_warnings():  # a sealed weight is read-only; torch would rather own what it reads
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             return self._torch.frombuffer(matrix, dtype=self._torch.int8).reshape(matrix.shape).t()
@@ -97,8 +98,8 @@ class TorchMultiplier:
         self, weight: Any, rows: Int32[np.ndarray, "tokens d_in"], out: Int32[np.ndarray, "tokens d_out"]
     ) -> None:
         """Fills `out` with the product."""
-        digits = signed_digits(rows)
-        stacked = self._torch.from_numpy(digits.reshape(-1, rows.shape[1]))
+        digits = signed_digits(_at_least_two_columns(rows))
+        stacked = self._torch.from_numpy(digits.reshape(-1, digits.shape[2]))
         parts = self._torch._int_mm(stacked, weight).numpy().reshape(4, rows.shape[0], -1)
         _recombine(parts, out)
 
@@ -129,6 +130,14 @@ class OnnxMultiplier:
 
     def close(self) -> None:
         """Leaves onnxruntime's threads, which belong to the process."""
+
+
+def _at_least_two_columns(matrix: np.ndarray) -> np.ndarray:
+    """Returns the matrix, a single column beside one of zeros: torch takes the wrong stride for an inner size of 1.
+
+    `torch._int_mm` is then silently wrong on a CPU (seen with 2.13; pytorch/pytorch issue 195066 has the cause).
+    """
+    return matrix if matrix.shape[1] > 1 else np.pad(matrix, ((0, 0), (0, 1)))
 
 
 def signed_digits(rows: Int32[np.ndarray, "tokens d_in"]) -> Int8[np.ndarray, "4 tokens d_in"]:
