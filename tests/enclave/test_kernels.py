@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from cloister.enclave import kernels, kernels_reference
 from cloister.enclave.kvcache import PagedKVCache
-from cloister.errors import RequestError
 
 TOLERANCE = 3e-6
 """Relative to values of order one: float32 sums of a few hundred terms in another order (2^-23 each, averaging out)."""
@@ -92,20 +91,3 @@ def test_rotary_cache_and_attention_over_pages(
         keys, values = np.concatenate([keys, k]), np.concatenate([values, v])
         np.testing.assert_allclose(query, q, atol=TOLERANCE * 8)
         np.testing.assert_allclose(out, kernels_reference.attention(q, keys, values, window), atol=TOLERANCE * 8)
-
-
-def test_pages_are_taken_on_demand_given_back_and_zeroed() -> None:
-    cache = PagedKVCache(2, 1, 4, page_tokens=4, max_tokens=16)
-    sequence = cache.sequence()
-    cache.grow(sequence, 9)
-    assert (sequence.pages, cache.free_pages) == (3, 1)
-    cache.keys[:], cache.values[:] = 7, 7
-    cache.truncate(sequence, 4)
-    assert (sequence.pages, sequence.tokens, cache.free_pages) == (1, 4, 3)
-    freed = [page for page in range(4) if page != sequence.table[0]]
-    assert not cache.keys[:, freed[0]].any() or not cache.keys[:, freed[1]].any()
-    with pytest.raises(RequestError, match="context holds 16"):
-        cache.grow(sequence, 13)
-    assert (sequence.pages, sequence.tokens) == (1, 4), "a refused request takes nothing"
-    cache.truncate(sequence, 0)
-    assert cache.free_pages == 4

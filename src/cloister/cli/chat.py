@@ -7,7 +7,7 @@ from rich.text import Text
 
 from cloister.cli import options as o
 from cloister.cli.display import Display, stderr, stdout, summary_text
-from cloister.cli.session import loaded, stream
+from cloister.cli.session import cancellable, loaded, stream
 from cloister.errors import GenerationError
 from cloister.local.client import LLM
 
@@ -97,9 +97,10 @@ class Conversation:
 
     def _answer(self, line: str) -> None:
         turns = [*self._turns, {"role": "user", "content": line}]
-        reply = self._llm.chat(turns, **self._sampling)
         try:
-            stream(self._llm, reply, self._display, self._quiet)
+            with cancellable(self._llm):
+                reply = self._llm.chat(turns, **self._sampling)
+                stream(reply, self._display, self._quiet)
         except GenerationError as error:  # too long, or refused by the template: the conversation goes on
             stderr().print(f"[bold red]error:[/bold red] {error}")
             return

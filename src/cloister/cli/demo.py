@@ -11,7 +11,7 @@ from rich.text import Text
 from cloister.assets import demo_model
 from cloister.cli import options as o
 from cloister.cli.display import Display, human_bytes, incident_text, stderr, stdout, summary_text
-from cloister.cli.session import loaded, stream
+from cloister.cli.session import cancellable, loaded, stream
 from cloister.settings import AcceleratorSettings, Settings
 from cloister.wire.session import Finished, Rehearsal, Sightings
 
@@ -37,10 +37,11 @@ def demo(
         if not as_json:
             console.print(Text(f"enclave: {llm.info.tee}\n", style="yellow"))
             console.print(Text(f"> {prompt}\n", style="bold"))
-        honest = llm.chat(chat, **sampling)
-        if not as_json:
-            stream(llm, honest, display, quiet=False)
-        text = honest.text
+        with cancellable(llm):
+            honest = llm.chat(chat, **sampling)
+            if not as_json:
+                stream(honest, display, quiet=False)
+            text = honest.text
         seen = llm.sightings()
     cheated_display = Display(quiet=True)
     with loaded(demo_model(), settings, cheated_display, Rehearsal(cheat_at_product=CHEAT_AT)) as llm:

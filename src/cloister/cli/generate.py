@@ -9,7 +9,7 @@ import typer
 
 from cloister.cli import options as o
 from cloister.cli.display import Display, stderr, summary_text
-from cloister.cli.session import loaded, stream
+from cloister.cli.session import cancellable, loaded, stream
 from cloister.errors import RequestError
 from cloister.local.client import LLM, Reply
 
@@ -55,11 +55,12 @@ def generate(
     sampling = o.sampling(max_tokens, temperature, top_k, top_p, min_p, seed, stop)
     display = Display(quiet or as_json)
     with loaded(model, runtime.settings(), display) as llm:
-        reply = _ask(llm, text, chat, sampling)
-        if as_json:
-            print(json.dumps(_record(reply, display)))
-            return
-        stream(llm, reply, display, quiet)
+        with cancellable(llm):
+            reply = _ask(llm, text, chat, sampling)
+            if as_json:
+                print(json.dumps(_record(reply, display)))
+                return
+            stream(reply, display, quiet)
         if reply.finished is not None and not quiet:
             stderr().print(summary_text(reply.finished))
 

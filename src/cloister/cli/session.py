@@ -36,8 +36,8 @@ def cancellable(llm: LLM) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def stream(llm: LLM, reply: Reply, display: Display, quiet: bool) -> None:
-    """Shows a reply as it is generated."""
-    with cancellable(llm), AnswerView(display, quiet) as view:
+def stream(reply: Reply, display: Display, quiet: bool) -> None:
+    """Shows a reply as it is generated; call it inside `cancellable`."""
+    with AnswerView(display, quiet) as view:
         for delta in reply.deltas():
             view.write(delta.text, len(delta.token_ids))

@@ -1,7 +1,8 @@
 """The paged KV cache: keys and values of several sequences in one pool, in enclave memory.
 
 Covers: taking pages as a sequence grows, giving them back when it is cut or freed.
-Guarantees: pages that are given back are zeroed; a sequence never grows past its limit.
+Guarantees: what is cut off is zeroed, in pages that are given back and in the one that is kept; a sequence never grows
+past `max_tokens`; a call that is refused changes nothing.
 Layout: `[pages, kv_heads, page_tokens, head_dim]` per layer, so that one head's tokens of a page are contiguous: the order
 in which attention reads them.
 """
@@ -24,7 +25,7 @@ class CachedSequence:
 
 
 class PagedKVCache:
-    """A pool of pages for all layers of a model."""
+    """A pool of pages for all layers of a model: room for `max_tokens` tokens, of one sequence or shared by several."""
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, page_tokens: int, max_tokens: int) -> None:
         self.page_tokens = page_tokens
@@ -53,28 +54,48 @@ class PagedKVCache:
         """Makes room for `tokens` more tokens.
 
         Raises:
-            RequestError: the pool has no page left; nothing was taken.
+            RequestError: the sequence would be too long, or the pool has no page left; nothing was taken.
         """
-        needed = -(-(sequence.tokens + tokens) // self.page_tokens) - sequence.pages
+        wanted = sequence.tokens + tokens
+        if tokens < 0 or wanted > self.max_tokens:
+            raise RequestError(
+                f"The context holds {self.max_tokens} tokens and this session needs {wanted}.",
+                remedy="Shorten the conversation or raise cache.max_context.",
+            )
+        needed = -(-wanted // self.page_tokens) - sequence.pages
         if needed > len(self._free):
             raise RequestError(
-                f"The context holds {self.max_tokens} tokens and this session needs more.",
-                remedy="Shorten the conversation or raise cache.max_context.",
+                f"This session needs {needed} more pages of the cache, and other sessions left {len(self._free)}.",
+                remedy="Wait for one of them to end or raise cache.max_context.",
             )
         for _ in range(needed):
             sequence.table[sequence.pages] = self._free.pop()
             sequence.pages += 1
-        sequence.tokens += tokens
+        sequence.tokens = wanted
 
     def truncate(self, sequence: CachedSequence, tokens: int) -> None:
-        """Cuts a sequence down to its first `tokens` tokens; pages that become free are zeroed."""
+        """Cuts a sequence down to its first `tokens` tokens (all if it has fewer); what is cut off is zeroed.
+
+        Raises:
+            RequestError: `tokens` is negative.
+        """
+        if tokens < 0:
+            raise RequestError(f"A sequence cannot be cut to {tokens} tokens.", remedy="Allowed: 0 or more.")
         if tokens >= sequence.tokens:
             return
         keep = -(-tokens // self.page_tokens)
         for position in range(keep, sequence.pages):
-            page = int(sequence.table[position])
-            self.keys[:, page] = 0
-            self.values[:, page] = 0
-            self._free.append(page)
+            self._zero(int(sequence.table[position]), 0)
+            self._free.append(int(sequence.table[position]))
+        if used := tokens % self.page_tokens:
+            self._zero(int(sequence.table[keep - 1]), used)
         sequence.pages = keep
         sequence.tokens = tokens
+
+    def free(self, sequence: CachedSequence) -> None:
+        """Gives all pages of a sequence back, zeroed; the sequence is empty then and can be used again."""
+        self.truncate(sequence, 0)
+
+    def _zero(self, page: int, first: int) -> None:
+        self.keys[:, page, :, first:] = 0
+        self.values[:, page, :, first:] = 0
