@@ -220,6 +220,22 @@ def test_a_remote_accelerator_serves_the_same_tokens(expected: str) -> None:
     server.close()
 
 
+def test_one_unreachable_accelerator_of_two_is_given_up_and_named(expected: str) -> None:
+    from cloister.accelerator.cpu import open_multiplier
+    from cloister.accelerator.remote import AcceleratorServer
+    from cloister.settings import Backend
+
+    server = AcceleratorServer("127.0.0.1:0", lambda: open_multiplier(Backend.NUMBA, 1))
+    threading.Thread(target=server.serve, daemon=True).start()
+    events: list[Event] = []
+    settings = Settings(accelerator=AcceleratorSettings(addresses=("127.0.0.1:1", server.address)))
+    with LLM(demo_model(), settings, listener=lambda m: events.append(m) if isinstance(m, Event) else None) as model:
+        assert model.chat(CHAT, **GREEDY).text == expected
+        assert len(model.info.accelerators) == 1
+    assert ["127.0.0.1:1" in event.accelerator for event in events] == [True]
+    server.close()
+
+
 @pytest.mark.parametrize(
     ("values", "match"),
     [

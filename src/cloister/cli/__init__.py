@@ -1,1 +1,1 @@
-"""The command line, one file per command group: the only place that wires parts together."""
+"""The command line: one file per command group."""

@@ -213,7 +213,7 @@ class LLM:
         try:
             self._session.send(message)
         except errors.WireError as error:
-            raise self._lost() if self._process.poll() is not None else error from error
+            raise (self._lost() if isinstance(error.__cause__, OSError) else error) from error
 
     def _receive(self) -> FromEnclave:
         message = self._session.receive_from_enclave()

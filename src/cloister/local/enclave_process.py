@@ -23,12 +23,12 @@ from cloister.enclave.engine import Engine
 from cloister.enclave.forward import Forward
 from cloister.enclave.kvcache import PagedKVCache
 from cloister.enclave.outsource import Gate
-from cloister.enclave.prepare import prepare
+from cloister.enclave.prepare import EnclaveModel, prepare
 from cloister.enclave.session import Session, failure, report
-from cloister.errors import CloisterError, WireError
+from cloister.errors import AcceleratorError, CloisterError, WireError
 from cloister.model.directory import open_model
 from cloister.settings import AcceleratorSettings, Placement, Settings, from_mapping
-from cloister.wire.session import Open, Progress, Ready, Rehearsal, SessionSocket, Sightings
+from cloister.wire.session import Event, Open, Progress, Ready, Rehearsal, SessionSocket, Sightings
 
 DEFAULT_CONTEXT = 8192
 """Longest session when neither the settings nor the model ask for less."""
@@ -102,11 +102,8 @@ class EnclaveProcess:
         )  # fmt: skip
         directory.checkpoint.close()
         staged, observer = rehearse(self._accelerators, request.rehearsal)
-        for done, linear in enumerate(model.linears, 1):
-            for accelerator in staged:
-                accelerator.register(linear.weight)
-            if lend:
-                self._session.send(Progress("registering", done, len(model.linears), "weights"))
+        if lend:
+            self._register(staged, model)
         context = min(settings.cache.max_context or DEFAULT_CONTEXT, spec.max_positions)
         pantry = Pantry(model.linears, settings.blinding.pantry_bytes if lend else 0, source)
         if lend:
@@ -135,6 +132,20 @@ class EnclaveProcess:
             )
         )
         return Session(self._session, engine, partial(sightings, observer) if observer is not None else None)
+
+    def _register(self, staged: list[Accelerator], model: EnclaveModel) -> None:
+        """Hands every public weight to every accelerator; one that fails is given up, unless it is the last."""
+        for done, linear in enumerate(model.linears, 1):
+            for accelerator in tuple(staged):
+                try:
+                    accelerator.register(linear.weight)
+                except AcceleratorError as error:
+                    staged.remove(accelerator)
+                    accelerator.close()
+                    if not staged:
+                        raise
+                    self._session.send(Event(accelerator.name, linear.name, error.message, "left to the others"))
+            self._session.send(Progress("registering", done, len(model.linears), "weights"))
 
     @staticmethod
     def _first_stock(pantry: Pantry) -> int:
