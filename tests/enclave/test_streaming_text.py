@@ -103,6 +103,18 @@ def test_tokens_of_a_byte_fallback_tokenizer_add_up_where_their_bytes_are_text(
         assert result == whole
 
 
+def test_skipped_special_tokens_change_nothing_around_them(mistral: Tokenizer) -> None:
+    space, *character = mistral.encode("\U00010000", add_special_tokens=False).ids
+    for count in (1, 4, 20):
+        skipped = [0] * count
+        for ids in (
+            [*skipped, space, *character],
+            [space, *skipped, space, *skipped, space, *character],
+            [space, *character[:2], *skipped, *character[2:], *skipped, space],
+        ):
+            assert streamed(mistral.decode, ids) == mistral.decode(ids)
+
+
 def test_a_space_after_a_skipped_special_token_is_kept(mistral: Tokenizer) -> None:
     first, second = mistral.encode("Hello there", add_special_tokens=False).ids
     for count in (1, 3, MAX_HELD_TOKENS, 3 * MAX_HELD_TOKENS):

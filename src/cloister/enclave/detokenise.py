@@ -31,49 +31,54 @@ class StreamDecoder:
         self._window: list[int] = []  # context whose text is out, then tokens whose text is not
         self._context = 0  # how many tokens of the window are context
         self._sent = ""  # what of the window's decoding is out
+        self._text = ""  # the window's decoding
+        self._waited = 0  # how many tokens a broken character was waited for
 
     def push(self, token: int) -> str:
         """Returns the text that became final with `token`, possibly empty."""
+        text = self._decode([*self._window, token])
+        if text == self._text and not self._decode([token, token]):
+            # A skipped special token. It must not become context: after it, the next word would seem the first of all.
+            # Once is not enough to tell: a space at the beginning is left out, and so is its token when decoded alone.
+            return ""
         self._window.append(token)
-        text = self._decode(self._window)
-        waited = len(self._window) - self._context
+        self._text = text
         if text.endswith(REPLACEMENT):
-            return self._give_up(text) if waited >= MAX_HELD_TOKENS else ""
+            self._waited += 1
+            return self._give_up() if self._waited >= MAX_HELD_TOKENS else ""
         piece = self._new(text)
         if piece:
-            # Only tokens with a text can be context: after a skipped special one, the next word would seem the first.
             self._restart(self._window[self._context :])
-        elif waited >= MAX_HELD_TOKENS:
-            del self._window[self._context]
         return piece
 
     def flush(self) -> str:
         """Returns what is still held back; call it after the last token."""
-        piece = self._new(self._decode(self._window)) if self._window else ""
+        piece = self._new(self._text)
         self._restart([])
         return piece
 
     def _new(self, text: str) -> str:
-        """Returns what `text`, a decoding of the window, adds to what is out."""
+        """Returns what `text`, the decoding of the window, adds to what is out."""
         if text.startswith(self._sent):
             return text[len(self._sent) :]
         return self._decode(self._window[self._context :])  # the tokenizer changed its mind about text that is out
 
     def _restart(self, window: list[int]) -> None:
+        """Goes on with `window` as context: all of its text is out."""
         self._window = window
         self._context = len(window)
-        self._sent = self._decode(window) if window else ""
+        self._sent = self._text = self._decode(window) if window else ""
+        self._waited = 0
 
-    def _give_up(self, text: str) -> str:
+    def _give_up(self) -> str:
         """Returns all but the last replacement character, which alone may still become a character.
 
-        The window keeps the tokens that can be part of that character: the last few that have a text of their own.
+        The window keeps the tokens that can be part of that character.
         """
-        piece = self._new(text)
-        kept = [token for token in self._window if self._decode([token])][-CHARACTER_BYTES:]
-        self._restart(kept)
+        piece = self._new(self._text)
+        self._restart(self._window[-CHARACTER_BYTES:])
         self._context = 0
-        if not self._sent.endswith(REPLACEMENT):
+        if not self._text.endswith(REPLACEMENT):
             return piece
-        self._sent = self._sent[:-1]
+        self._sent = self._text[:-1]
         return piece[:-1]
