@@ -58,7 +58,10 @@ def test_swiglu(shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("window", [0, 1, 5])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 8), (6, 2, 16), (8, 1, 64)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"),
+    [(4, 4, 8), (6, 2, 16), (8, 1, 64), (9, 3, 64), (10, 2, 72), (7, 1, 100), (32, 4, 64), (8, 2, 128), (2, 2, 80)],
+)
 @pytest.mark.parametrize("normed", [False, True])
 def test_rotary_cache_and_attention_over_pages(
     heads: int, kv_heads: int, head_dim: int, window: int, normed: bool, rng: np.random.Generator
@@ -77,7 +80,7 @@ def test_rotary_cache_and_attention_over_pages(
         rotary = np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
         where = np.concatenate([[first], sequence.table[: sequence.pages]]).astype(np.int32)
         query = np.empty((tokens, heads, head_dim), np.float32)
-        out = np.empty((tokens, heads * head_dim), np.float32)
+        out = np.full((tokens, heads * head_dim), np.nan, np.float32)
         scores = np.empty((heads // kv_heads, first + tokens), np.float32)
         kernels.rotate_and_store(qkv, rotary, norms, np.float32(1e-5), query, cache.keys[0], cache.values[0], where)
         kernels.attention(query, cache.keys[0], cache.values[0], where, window, scores, out)
@@ -91,3 +94,32 @@ def test_rotary_cache_and_attention_over_pages(
         keys, values = np.concatenate([keys, k]), np.concatenate([values, v])
         np.testing.assert_allclose(query, q, atol=TOLERANCE * 8)
         np.testing.assert_allclose(out, kernels_reference.attention(q, keys, values, window), atol=TOLERANCE * 8)
+
+
+@pytest.mark.parametrize("first", [0, 40])
+def test_attention_over_a_long_prompt(first: int, rng: np.random.Generator) -> None:
+    heads, kv_heads, head_dim, tokens, page_tokens = 8, 2, 64, 150, 16
+    context = first + tokens
+    table = rng.permutation(20)[: -(-context // page_tokens)].astype(np.int32)
+    query = rng.normal(size=(tokens, heads, head_dim)).astype(np.float32)
+    keys, values = rng.normal(size=(2, 20, kv_heads, page_tokens, head_dim)).astype(np.float32)
+    out = np.full((tokens, heads * head_dim), np.nan, np.float32)
+    scores = np.empty((heads // kv_heads, context), np.float32)
+    kernels.attention(query, keys, values, np.concatenate([[first], table]).astype(np.int32), 0, scores, out)
+    flat = [pool[table].transpose(0, 2, 1, 3).reshape(-1, kv_heads, head_dim)[:context] for pool in (keys, values)]
+    np.testing.assert_allclose(out, kernels_reference.attention(query, *flat, 0), atol=TOLERANCE * 8)
+
+
+@pytest.mark.parametrize("bad", ["query", "keys", "values"])
+def test_what_is_no_number_is_never_hidden_by_attention(bad: str) -> None:
+    arrays = {
+        "query": np.ones((1, 2, 16), np.float32),
+        "keys": np.ones((1, 1, 4, 16), np.float32),
+        "values": np.ones((1, 1, 4, 16), np.float32),
+    }
+    arrays[bad][0, 0, 0] = np.nan
+    out = np.zeros((1, 32), np.float32)
+    scores = np.empty((2, 3), np.float32)
+    where = np.array([2, 0], np.int32)
+    kernels.attention(arrays["query"], arrays["keys"], arrays["values"], where, 0, scores, out)
+    assert np.isnan(out[0, :16]).all()

@@ -10,6 +10,12 @@ import math
 import numpy as np
 
 from cloister.arith.jit import compiled_float, float_of_bits
+from cloister.enclave.row_block import LANES, weighted_rows
+
+_HEADS = 4  # of a block: with 4 vectors of each, its sums fill half of 32 registers
+_WIDE = 4 * LANES
+_four_heads_wide, _four_heads_narrow = weighted_rows(_HEADS, 4), weighted_rows(_HEADS, 1)
+_one_head_wide, _one_head_narrow = weighted_rows(1, 4), weighted_rows(1, 1)
 
 
 @compiled_float
@@ -130,33 +136,61 @@ def attention(query, keys, values, where, window, scores, out):  # type: ignore[
 
     query float32 [tokens, heads, head_dim]; keys, values float32 [pages, kv_heads, page_tokens, head_dim] of one layer;
     where int32 [1 + pages]: position of the first row, then the page table; window int (0: the whole context);
-    scores float32 [heads / kv_heads, context], scratch; out float32 [tokens, heads * head_dim].
+    scores float32 [heads / kv_heads, context], scratch; out float32 [tokens, heads * head_dim]. Arrays are contiguous.
     """
     heads, head_dim = query.shape[1], query.shape[2]
     kv_heads, page_tokens = keys.shape[1], keys.shape[2]
     group = heads // kv_heads
+    width = group * head_dim
     scale = np.float32(1.0 / math.sqrt(head_dim))
     for t in range(query.shape[0]):
         last = where[0] + t
         first = max(0, last + 1 - window) if window > 0 else 0
+        pages = range(first // page_tokens, last // page_tokens + 1)
         for h in range(kv_heads):
-            for position in range(first, last + 1):
-                page, slot = where[1 + position // page_tokens], position % page_tokens
-                for g in range(group):
-                    scores[g, position] = _dot(query[t, h * group + g], keys[page, h, slot]) * scale
+            for index in pages:
+                start = index * page_tokens
+                page = keys[where[1 + index], h]
+                for slot in range(max(0, first - start), min(page_tokens, last + 1 - start)):
+                    for g in range(group):
+                        scores[g, start + slot] = _dot(query[t, h * group + g], page[slot]) * scale
             for g in range(group):
                 _softmax(scores[g, first : last + 1])
-                start = (h * group + g) * head_dim
-                for k in range(head_dim):
-                    out[t, start + k] = np.float32(0.0)
-            for position in range(first, last + 1):
-                page, slot = where[1 + position // page_tokens], position % page_tokens
-                for g in range(group):
-                    weight = scores[g, position]
-                    start = (h * group + g) * head_dim
-                    row, value = out[t, start : start + head_dim], values[page, h, slot]
-                    for k in range(head_dim):
-                        row[k] += weight * value[k]
+            mixed = out[t, h * width : (h + 1) * width].reshape(group, head_dim)
+            mixed[:] = np.float32(0.0)
+            for index in pages:
+                start = index * page_tokens
+                begin, end = max(first, start), min(start + page_tokens, last + 1)
+                page = values[where[1 + index], h]
+                _mix(page[begin - start : end - start], scores[:, begin:end], mixed)
+
+
+@compiled_float
+def _mix(rows, weights, mixed):  # type: ignore[no-untyped-def]
+    """Adds `weights @ rows` to `mixed`; rows float32 [n, head_dim], weights [group, n], mixed [group, head_dim]."""
+    group, head_dim = mixed.shape
+    g = 0
+    while g < group:
+        four = g + _HEADS <= group
+        k = 0
+        while k + LANES <= head_dim:
+            wide = k + _WIDE <= head_dim
+            x, w, y = rows.ctypes.data + 4 * k, weights[g:].ctypes.data, mixed[g:].ctypes.data + 4 * k
+            if four and wide:
+                _four_heads_wide(x, rows.strides[0], rows.shape[0], w, weights.strides[0], y, mixed.strides[0])
+            elif four:
+                _four_heads_narrow(x, rows.strides[0], rows.shape[0], w, weights.strides[0], y, mixed.strides[0])
+            elif wide:
+                _one_head_wide(x, rows.strides[0], rows.shape[0], w, weights.strides[0], y, mixed.strides[0])
+            else:
+                _one_head_narrow(x, rows.strides[0], rows.shape[0], w, weights.strides[0], y, mixed.strides[0])
+            k += _WIDE if wide else LANES
+        taken = _HEADS if four else 1
+        for head in range(g, g + taken):
+            for i in range(rows.shape[0]):
+                for column in range(k, head_dim):
+                    mixed[head, column] += weights[head, i] * rows[i, column]
+        g += taken
 
 
 @compiled_float
