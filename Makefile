@@ -54,7 +54,7 @@ bench: $(VENV)/.dev ## measure: speed, trusted CPU, fidelity; writes JSON record
 	$(BIN)/cloister bench all
 
 bench-smoke: $(VENV)/.dev ## a short run of every benchmark, for CI
-	$(BIN)/cloister bench all --smoke
+	$(BIN)/cloister bench all --smoke --out build/bench-smoke
 
 lock: $(VENV)/.dev ## recompute the lock files
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes -q -o requirements/run.lock
