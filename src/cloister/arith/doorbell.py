@@ -4,7 +4,7 @@ Waking a sleeping thread costs tens of microseconds, more in a virtual machine w
 expects work soon watches a word of memory instead and offers its core to others at every look (`sched_yield`).
 """
 
-import threading
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ def _watch(address, seen, looks):  # type: ignore[no-untyped-def]
 
 
 class Doorbell:
-    """One ringer, one waiter; rings that come before the wait are not lost."""
+    """One ringer, one waiter; rings that come before the wait are not lost, nor are rings of a wait that is interrupted."""
 
     def __init__(self, looks: int = 0) -> None:
         """`looks`: how often the waiter watches before it sleeps (about half a microsecond each); 0: sleeps at once."""
@@ -45,25 +45,16 @@ class Doorbell:
         self._word = np.zeros(1, np.int64)
         self._address = self._word.ctypes.data
         self._seen = 0
-        self._mutex = threading.Lock()
-        self._sleeper = threading.Lock()
-        self._sleeper.acquire()
-        self._asleep = False
+        self._rings: SimpleQueue[None] = SimpleQueue()
 
     def ring(self) -> None:
         """Lets one wait return."""
-        with self._mutex:
-            self._word[0] += 1
-            wake, self._asleep = self._asleep, False
-        if wake:
-            self._sleeper.release()
+        self._rings.put(None)  # before the word: a watcher that sees the word change finds its ring
+        self._word[0] += 1
 
     def wait(self) -> None:
         """Returns once the bell was rung again."""
-        if not (self._looks and _watch(self._address, self._seen, self._looks)):
-            with self._mutex:
-                self._asleep = bool(self._word[0] == self._seen)
-                asleep = self._asleep
-            if asleep:
-                self._sleeper.acquire()
-        self._seen += 1
+        if self._looks:
+            _watch(self._address, self._seen, self._looks)
+        self._rings.get()
+        self._seen = int(self._word[0])

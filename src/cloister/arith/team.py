@@ -1,5 +1,6 @@
 """A few threads that split one loop among them, with a hand-off short enough for a product of half a millisecond."""
 
+import contextlib
 import itertools
 import os
 import threading
@@ -22,37 +23,60 @@ def usable_cores() -> int:
 
 
 class _Helper:
-    """A thread that waits for work, does it and says so."""
+    """A thread that waits for work, does it and says so.
+
+    What is done is counted, not only rung for: a caller that a signal interrupted between two steps can wait again.
+    """
 
     def __init__(self, looks: int) -> None:
         self._start = Doorbell(looks)
         self._done = Doorbell(looks)
         self._work: Callable[[], None] | None = None
+        self._asked = self._finished = 0
         self._error: BaseException | None = None
         threading.Thread(target=self._run, name="team-helper", daemon=True).start()
 
-    def start(self, work: Callable[[], None]) -> None:
+    def start(self, work: Callable[[], None] | None) -> None:
+        """Lets the thread do `work`, or end if there is none."""
         self._work = work
+        self._asked += 1
         self._start.ring()
 
-    def join(self) -> BaseException | None:
+    @property
+    def busy(self) -> bool:
+        """Whether the thread has yet to do something that it was asked."""
+        return self._finished != self._asked
+
+    def join(self) -> None:
+        """Returns once the thread did what it was asked."""
         self._done.wait()
+        while self.busy:
+            self._done.wait()
+
+    def rejoin(self) -> None:
+        """As `join`, when something may have interrupted the caller at any point of `start` or `join`."""
+        self._start.ring()
+        while self.busy:
+            self._done.wait()
+
+    def take_error(self) -> BaseException | None:
+        """Returns what the work raised, once."""
         error, self._error = self._error, None
         return error
-
-    def stop(self) -> None:
-        self._work = None
-        self._start.ring()
 
     def _run(self) -> None:
         while True:
             self._start.wait()
+            asked = self._asked
+            if asked == self._finished:
+                continue
             if self._work is None:
                 return
             try:
                 self._work()
             except BaseException as error:
                 self._error = error
+            self._finished = asked
             self._done.ring()
 
 
@@ -93,15 +117,27 @@ class Team:
                 loop(start, min(total, start + chunk))
 
         with self._turn:
-            for helper in self._helpers:
-                helper.start(claim)
             try:
+                for helper in self._helpers:
+                    helper.start(claim)
                 claim()
-            finally:
-                errors = [helper.join() for helper in self._helpers]
-            for error in errors:
+                for helper in self._helpers:
+                    helper.join()
+            except BaseException:
+                self._wait_for_all()
+                raise
+            for error in [helper.take_error() for helper in self._helpers]:
                 if error is not None:
                     raise error
+
+    def _wait_for_all(self) -> None:
+        """Returns when no helper works any more: they write where the caller will read. Further interruptions wait too."""
+        while any(helper.busy for helper in self._helpers):
+            with contextlib.suppress(BaseException):
+                for helper in self._helpers:
+                    helper.rejoin()
+        for helper in self._helpers:
+            helper.take_error()
 
     def close(self) -> None:
         """Ends the helper threads; later loops run on the calling thread alone."""
@@ -109,7 +145,7 @@ class Team:
             if not self._closed:
                 self._closed = True
                 for helper in self._helpers:
-                    helper.stop()
+                    helper.start(None)
 
     def __enter__(self) -> "Team":
         return self
