@@ -17,6 +17,7 @@ CloisterError                      everything this package raises on purpose
 │   ├── AcceleratorProtocolError   an answer was malformed, short, repeated, late or for another request
 │   └── VerificationError          an answer was wrong: the Freivalds check refused it
 ├── WireError                      bytes from a peer do not decode within their limits
+├── PlanError                      a plan would expose a secret, contradicts itself or names what does not exist
 ├── EnclaveLostError               the enclave process ended without being asked to
 └── GenerationError                a request cannot be generated
     ├── RequestError               the request itself is invalid (too long, bad sampling parameter)
@@ -100,6 +101,10 @@ class VerificationError(AcceleratorError):
 
 class WireError(CloisterError):
     """Bytes from a peer do not decode within their limits."""
+
+
+class PlanError(CloisterError):
+    """A plan would expose a secret, contradicts itself or names what does not exist."""
 
 
 class EnclaveLostError(CloisterError):

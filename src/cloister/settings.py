@@ -36,13 +36,6 @@ class Prefill(StrEnum):
     AUTO = "auto"
 
 
-class Placement(StrEnum):
-    """Where linear layers run: blinded on the accelerator, or inside the enclave."""
-
-    BLINDED = "blinded"
-    ENCLAVE = "enclave"
-
-
 class OnFailure(StrEnum):
     """Where the work of a failed accelerator goes: the next one (then the enclave), the enclave, or nowhere (stop)."""
 
@@ -66,8 +59,6 @@ class BlindingSettings:
 
     weights: Weights = Weights.INT8
     """Quantisation of the public weights."""
-    placement: Placement = Placement.BLINDED
-    """Where linear layers run."""
     checks: int = 1
     """Independent Freivalds checks per product (1 or 2): a wrong row passes with probability 2^-31 per check."""
     pantry_bytes: int = 256 * 2**20
@@ -123,12 +114,38 @@ class CacheSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """What runs where."""
+
+    policy: str = "blinded"
+    """A policy of `cloister plan --list`."""
+    threat: str = "private-prompts"
+    """Who may not learn what: private-prompts, private-model or private-weights."""
+    rules: str = ""
+    """A plan.toml with rules per tensor; empty: none."""
+    shielded_layers: int = 0
+    """Layers that the shield-* baselines keep in the enclave; 0: a quarter of them."""
+    shielded_share: float = 0.01
+    """Share of the weights that the shield-magnitude baseline keeps in the enclave."""
+    allow_insecure_baseline: bool = False
+    """Whether a policy may run that exposes secrets to the accelerator, to be audited."""
+    logit_noise: float = 0.0
+    """Standard deviation of the noise on logits before anything is released, in nats; 0: none."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.shielded_layers <= 1024, "shielded_layers", self.shielded_layers, "0 to 1024")
+        require(0 <= self.shielded_share <= 1, "shielded_share", self.shielded_share, "0 to 1")
+        require(0 <= self.logit_noise <= 100, "logit_noise", self.logit_noise, "0 to 100")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything that can be set, by concern."""
 
     blinding: BlindingSettings = dataclasses.field(default_factory=BlindingSettings)
     accelerator: AcceleratorSettings = dataclasses.field(default_factory=AcceleratorSettings)
     cache: CacheSettings = dataclasses.field(default_factory=CacheSettings)
+    plan: PlanSettings = dataclasses.field(default_factory=PlanSettings)
 
 
 def require(holds: bool, name: str, value: object, allowed: str) -> None:
@@ -150,7 +167,7 @@ def from_mapping(record: type[Record], values: Mapping[str, Any], path: str = ""
 
 
 def from_toml(path: Path) -> Settings:
-    """Returns the settings of a TOML file with the tables `blinding`, `accelerator` and `cache`."""
+    """Returns the settings of a TOML file with the tables `blinding`, `accelerator`, `cache` and `plan`."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -15,7 +15,7 @@ import cloister
 from cloister.assets import demo_model
 from cloister.errors import CheckpointError, EnclaveLostError, ModelError, RequestError, SettingsError, WireError
 from cloister.local.client import LLM
-from cloister.settings import AcceleratorSettings, BlindingSettings, Placement, Settings
+from cloister.settings import AcceleratorSettings, PlanSettings, Settings
 from cloister.wire.session import Event, Generate, Progress, Rehearsal, Sampling, SessionSocket
 
 CHAT = [{"role": "user", "content": "Tell me a story about a fox and a kite."}]
@@ -30,7 +30,7 @@ def llm() -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def expected() -> str:
-    with LLM(demo_model(), Settings(blinding=BlindingSettings(placement=Placement.ENCLAVE))) as model:
+    with LLM(demo_model(), Settings(plan=PlanSettings(policy="enclave-only"))) as model:
         return model.chat(CHAT, **GREEDY).text
 
 

@@ -22,7 +22,7 @@ from cloister.enclave.outsource import Gate
 from cloister.enclave.prepare import prepare
 from cloister.model.directory import ModelDirectory, open_model
 from cloister.model.llama import Llama
-from cloister.settings import BlindingSettings, Placement, Settings, Weights
+from cloister.settings import BlindingSettings, Settings, Weights
 
 WINDOW: Final = 256
 """Tokens per window; each is scored with the context of its own window only."""
@@ -65,7 +65,7 @@ def run(model: str, text: Path | None, smoke: bool, console: Console) -> Record:
 
 def quantised(directory: ModelDirectory, weights: Weights) -> Forward:
     """Returns a forward pass with quantised weights, computed here."""
-    settings = Settings(blinding=BlindingSettings(weights=weights, placement=Placement.ENCLAVE))
+    settings = Settings(blinding=BlindingSettings(weights=weights))
     source, team, spec = PadSource(), Team(), directory.spec
     model = prepare(directory.checkpoint, spec, settings.blinding, source, team=team)
     gate = Gate(model.linears, [], Pantry(model.linears, 0, source), settings, team=team)

@@ -9,13 +9,13 @@ from jaxtyping import Float32
 from cloister.arith.jit import compiled
 from cloister.arith.product import int8_product
 from cloister.arith.team import Team
-from cloister.blinding.linear import LentLinear
+from cloister.blinding.linear import Linear
 
 
 class PlainGate:
     """Computes linear layers as unprotected int8 serving does: 8-bit activations scaled by each row's maximum."""
 
-    def __init__(self, linears: Sequence[LentLinear], team: Team) -> None:
+    def __init__(self, linears: Sequence[Linear], team: Team) -> None:
         self.linears = tuple(linears)
         self.seconds = 0.0
         self._team = team
@@ -38,7 +38,7 @@ class PlainGate:
         scales = np.empty(x.shape[0], np.float32)
         _quantize_by_maximum(x, quantized, scales)
         product = np.empty(out.shape, np.int32)
-        int8_product(linear.weight.matrix, quantized, product, self._team)
+        int8_product(linear.matrix, quantized, product, self._team)
         _rescale(product, scales, linear.scales[0], out)
         self.seconds += time.perf_counter() - started
 

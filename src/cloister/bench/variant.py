@@ -23,6 +23,7 @@ from cloister.assets import demo_model
 from cloister.bench.random_model import LLAMA_1_1B, SMOKE, random_model
 from cloister.bench.record import peak_memory_bytes
 from cloister.bench.unprotected import PlainGate
+from cloister.blinding.linear import LentLinear
 from cloister.blinding.pads import PadSource
 from cloister.blinding.pantry import Pantry
 from cloister.enclave.forward import Forward
@@ -30,7 +31,7 @@ from cloister.enclave.kvcache import PagedKVCache
 from cloister.enclave.outsource import Gate
 from cloister.enclave.prepare import EnclaveModel, prepare
 from cloister.model.directory import open_model
-from cloister.settings import AcceleratorSettings, BlindingSettings, Placement, Prefill, Settings
+from cloister.settings import AcceleratorSettings, BlindingSettings, Prefill, Settings
 
 OURS: Final = ("unprotected int8", "enclave-only int8", "enclave-only int8, 1 thread", "enclave-only exact", "blinded")
 THEIRS: Final = ("transformers bf16",)
@@ -164,6 +165,11 @@ def our_model(shape: str, source: PadSource, team: Team) -> EnclaveModel:
     return prepare(directory.checkpoint, directory.spec, BlindingSettings(), source, team=team)
 
 
+def lendable(model: EnclaveModel) -> list[LentLinear]:
+    """Returns the linears that have a public weight: all of them, here."""
+    return [linear for linear in model.linears if isinstance(linear, LentLinear)]
+
+
 def our_runner(name: str, shape: str, plan: Plan) -> OurRunner:
     """Returns our engine in one of its variants."""
     source, team = PadSource(), Team()
@@ -174,16 +180,14 @@ def our_runner(name: str, shape: str, plan: Plan) -> OurRunner:
         plain = PlainGate(model.linears, Team(1) if name.endswith("1 thread") else team)
         return OurRunner(Forward(model, plain, cache), plain, None, None)
     lent = name == "blinded"
-    budget = sum(linear.pad_bytes for linear in model.linears) * (max(*plan.prefills, plan.tokens + WARM_UP, 32) + 1)
+    budget = sum(linear.pad_bytes for linear in lendable(model)) * (max(*plan.prefills, plan.tokens + WARM_UP, 32) + 1)
     settings = Settings(
-        blinding=BlindingSettings(
-            placement=Placement.BLINDED if lent else Placement.ENCLAVE, prefill=Prefill.BLINDED, pantry_bytes=budget
-        ),
+        blinding=BlindingSettings(prefill=Prefill.BLINDED, pantry_bytes=budget),
         accelerator=AcceleratorSettings(timeout_seconds=120.0),
     )
     worker = SharedMemoryAccelerator.start() if lent else None
     if worker is not None:
-        for linear in model.linears:
+        for linear in lendable(model):
             worker.register(linear.weight)
     pantry = Pantry(model.linears, budget if lent else 0, source, team)
     gate = Gate(model.linears, [worker] if worker else [], pantry, settings, team=Team())
@@ -241,7 +245,7 @@ def pad_cost(shape: str, batch: int = 32) -> dict[str, float]:
     """Returns the CPU and wall time of making the pads of one token, in batches as the mill makes them."""
     source = PadSource()
     model = our_model(shape, source, Team())
-    budget = sum(linear.pad_bytes for linear in model.linears) * 3 * batch
+    budget = sum(linear.pad_bytes for linear in lendable(model)) * 3 * batch
     pantry = Pantry(model.linears, budget, source)
     pantry.stock(3 * batch, batch_tokens=batch)
     for index in range(len(model.linears)):  # steady state: used-up memory is used again

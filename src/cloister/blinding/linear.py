@@ -1,9 +1,13 @@
-"""A linear layer as the enclave knows it: the public weight, its scales, its bound and the secrets of its check."""
+"""A linear layer as the enclave knows it: with a public weight it may be lent, with a private one it is computed here.
 
+Guarantees: only a `LentLinear` can make pads, and only its `PublicWeight` is of the type that an accelerator is given.
+"""
+
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int8, Int32
 
 from cloister.arith.product import modular_product
 from cloister.arith.team import Team
@@ -14,9 +18,49 @@ from cloister.blinding.quantize import Reach
 from cloister.wire.messages import PublicWeight
 
 
+class Linear(ABC):
+    """A quantised linear layer. With two planes, the matrix stacks them: `[2 * d_out, d_in]`."""
+
+    name: str
+    scales: Float32[np.ndarray, "planes d_out"]
+    reach: Reach
+    bias: Float32[np.ndarray, " bias"]
+
+    @property
+    @abstractmethod
+    def matrix(self) -> Int8[np.ndarray, "outputs d_in"]:
+        """The quantised weight."""
+
+    @property
+    def d_in(self) -> int:
+        """Length of an input row."""
+        return int(self.matrix.shape[1])
+
+    @property
+    def d_out(self) -> int:
+        """Length of an output row."""
+        return int(self.scales.shape[1])
+
+    def compute(
+        self, x: Float32[np.ndarray, "tokens d_in"], out: Float32[np.ndarray, "tokens d_out"], team: Team | None = None
+    ) -> None:
+        """Fills `out` with the product, computed here: the same numbers as a lent product, bit for bit.
+
+        Raises:
+            NonFiniteError: a row holds NaN or infinity.
+        """
+        quantized = np.empty(x.shape, np.int32)
+        scales = np.empty(x.shape[0], np.float64)
+        if (bad := quantize(x, self.reach.value, quantized, scales)) != OK:
+            raise non_finite(self.name, bad)
+        product = np.empty((x.shape[0], self.matrix.shape[0]), np.int32)
+        modular_product(self.matrix, quantized, product, team)
+        scale_product(product, scales, self.scales, self.bias, out)
+
+
 @dataclass(frozen=True)
-class LentLinear:
-    """One public linear layer that may be lent. With two planes, the weight stacks them: `[2 * d_out, d_in]`."""
+class LentLinear(Linear):
+    """A linear layer with a public weight: it may be lent under pads."""
 
     name: str
     weight: PublicWeight
@@ -27,14 +71,9 @@ class LentLinear:
     """float32 `[d_out]`, or `[0]` where the layer has none."""
 
     @property
-    def d_in(self) -> int:
-        """Length of an input row."""
-        return self.weight.shape[1]
-
-    @property
-    def d_out(self) -> int:
-        """Length of an output row."""
-        return int(self.scales.shape[1])
+    def matrix(self) -> Int8[np.ndarray, "outputs d_in"]:
+        """The public weight."""
+        return self.weight.matrix
 
     @property
     def pad_bytes(self) -> int:
@@ -59,18 +98,18 @@ class LentLinear:
         source.fill(r)
         modular_product(self.weight.matrix, r, u, team)
 
-    def compute(
-        self, x: Float32[np.ndarray, "tokens d_in"], out: Float32[np.ndarray, "tokens d_out"], team: Team | None = None
-    ) -> None:
-        """Fills `out` with the same numbers as a lent product, bit for bit, computed here.
 
-        Raises:
-            NonFiniteError: a row holds NaN or infinity.
-        """
-        quantized = np.empty(x.shape, np.int32)
-        scales = np.empty(x.shape[0], np.float64)
-        if (bad := quantize(x, self.reach.value, quantized, scales)) != OK:
-            raise non_finite(self.name, bad)
-        product = np.empty((x.shape[0], self.weight.shape[0]), np.int32)
-        modular_product(self.weight.matrix, quantized, product, team)
-        scale_product(product, scales, self.scales, self.bias, out)
+@dataclass(frozen=True)
+class PrivateLinear(Linear):
+    """A linear layer with a private weight: computed in the enclave, known to nobody else."""
+
+    name: str
+    private: Int8[np.ndarray, "outputs d_in"] = field(repr=False)
+    scales: Float32[np.ndarray, "planes d_out"] = field(repr=False)
+    reach: Reach
+    bias: Float32[np.ndarray, " bias"] = field(repr=False)
+
+    @property
+    def matrix(self) -> Int8[np.ndarray, "outputs d_in"]:
+        """The private weight."""
+        return self.private

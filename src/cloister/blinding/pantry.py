@@ -9,14 +9,14 @@ Does not cover: when to stock (`blinding.mill`) and what to do when the pantry i
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 import numpy as np
 from jaxtyping import Int32
 
 from cloister.arith.team import Team
-from cloister.blinding.linear import LentLinear
+from cloister.blinding.linear import LentLinear, Linear
 from cloister.blinding.pads import Pad, PadSource
 from cloister.errors import PantryEmptyError
 
@@ -86,25 +86,36 @@ class _Shelf:
 
 
 class Pantry:
-    """Stocked pads for every linear of a model."""
+    """Stocked pads for the linears of a model that are lent."""
 
     def __init__(
-        self, linears: Sequence[LentLinear], budget_bytes: int, source: PadSource, team: Team | None = None
+        self,
+        linears: Sequence[Linear],
+        budget_bytes: int,
+        source: PadSource,
+        team: Team | None = None,
+        *,
+        lent: Collection[str] | None = None,
     ) -> None:
-        self._linears = tuple(linears)
-        self._shelves = [_Shelf() for _ in self._linears]
+        """`lent`: names of the linears to stock for; None: all that have a public weight."""
+        self._linears = {
+            index: linear
+            for index, linear in enumerate(linears)
+            if isinstance(linear, LentLinear) and (lent is None or linear.name in lent)
+        }
+        self._shelves = {index: _Shelf() for index in self._linears}
         self._source = source
         self._team = team
         self._changed = threading.Condition()
         self._making = threading.Lock()  # the pad stream and the thread team serve one maker at a time
-        self.bytes_per_token = sum(linear.pad_bytes for linear in self._linears)
+        self.bytes_per_token = sum(linear.pad_bytes for linear in self._linears.values())
         self.capacity_tokens = budget_bytes // self.bytes_per_token if self.bytes_per_token else 0
 
     @property
     def level_tokens(self) -> int:
-        """Tokens for which every linear has a pad."""
+        """Tokens for which every lent linear has a pad."""
         with self._changed:
-            return min((shelf.rows for shelf in self._shelves), default=0)
+            return min((shelf.rows for shelf in self._shelves.values()), default=0)
 
     def take(self, index: int, tokens: int) -> Pad:
         """Returns a stocked pad for `tokens` rows of linear `index`.
@@ -148,10 +159,10 @@ class Pantry:
         """
         target = min(target_tokens, self.capacity_tokens)
         with self._changed:
-            rows = [shelf.rows for shelf in self._shelves]
-        if not rows or min(rows) >= target:
+            rows = {index: shelf.rows for index, shelf in self._shelves.items()}
+        if not rows or min(rows.values()) >= target:
             return False
-        index = rows.index(min(rows))
+        index = min(rows, key=lambda shelf: rows[shelf])
         self._add(index, min(batch_tokens, target - rows[index]))
         return True
 

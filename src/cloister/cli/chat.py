@@ -25,7 +25,10 @@ def chat(
     seed: o.SeedOption = None,
     file: o.SettingsFile = None,
     weights: o.WeightsOption = None,
-    placement: o.PlacementOption = None,
+    policy: o.PolicyOption = None,
+    threat: o.ThreatOption = None,
+    rules: o.RulesOption = None,
+    insecure: o.InsecureOption = False,
     addresses: o.AddressOption = None,
     workers: o.WorkersOption = None,
     backend: o.BackendOption = None,
@@ -41,8 +44,9 @@ def chat(
 
     [bold]cloister chat ~/models/Llama-3.2-1B-Instruct[/bold]
     """
+    plan = o.PlanOptions(policy, threat, rules, insecure)
     runtime = o.RuntimeOptions(
-        file, weights, placement, addresses, workers, backend, pantry, when_empty, prefill, on_failure, timeout, context
+        file, weights, plan, addresses, workers, backend, pantry, when_empty, prefill, on_failure, timeout, context
     )
     sampling = o.sampling(max_tokens, temperature, top_k, top_p, min_p, seed, None)
     display = Display(quiet)

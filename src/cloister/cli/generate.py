@@ -31,7 +31,10 @@ def generate(
     stop: o.StopOption = None,
     file: o.SettingsFile = None,
     weights: o.WeightsOption = None,
-    placement: o.PlacementOption = None,
+    policy: o.PolicyOption = None,
+    threat: o.ThreatOption = None,
+    rules: o.RulesOption = None,
+    insecure: o.InsecureOption = False,
     addresses: o.AddressOption = None,
     workers: o.WorkersOption = None,
     backend: o.BackendOption = None,
@@ -48,8 +51,9 @@ def generate(
 
     [bold]cloister generate ~/models/tinyllama -p "Once upon a time" -n 100[/bold]
     """
+    plan = o.PlanOptions(policy, threat, rules, insecure)
     runtime = o.RuntimeOptions(
-        file, weights, placement, addresses, workers, backend, pantry, when_empty, prefill, on_failure, timeout, context
+        file, weights, plan, addresses, workers, backend, pantry, when_empty, prefill, on_failure, timeout, context
     )
     text = _prompt(prompt)
     sampling = o.sampling(max_tokens, temperature, top_k, top_p, min_p, seed, stop)

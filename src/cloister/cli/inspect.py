@@ -10,7 +10,7 @@ from rich.text import Text
 
 from cloister.cli import options as o
 from cloister.cli.display import human_bytes, human_count, stdout
-from cloister.settings import Placement, Settings, Weights
+from cloister.settings import Settings, Weights
 
 if TYPE_CHECKING:
     from cloister.model.spec import ModelSpec
@@ -67,7 +67,6 @@ class Inspection:
 def examine(name: str, spec: "ModelSpec", settings: Settings) -> Inspection:
     """Returns the report for a model of `spec` under `settings`."""
     planes = 2 if settings.blinding.weights is Weights.INT8X2 else 1
-    lent = settings.blinding.placement is Placement.BLINDED
     head = spec.head_dim
     shapes = (
         ("QKV projections (fused)", spec.layers, spec.hidden_size, (spec.heads + 2 * spec.kv_heads) * head),
@@ -79,9 +78,9 @@ def examine(name: str, spec: "ModelSpec", settings: Settings) -> Inspection:
     products = tuple(
         Product(
             kind, count, d_in, d_out,
-            placement="blinded, on the accelerator" if lent else "enclave",
+            placement="blinded, on the accelerator",
             weight_bytes=count * planes * d_in * d_out,
-            crossing_bytes=count * 4 * (d_in + planes * d_out) if lent else 0,
+            crossing_bytes=count * 4 * (d_in + planes * d_out),
         )
         for kind, count, d_in, d_out in shapes
     )  # fmt: skip
@@ -99,9 +98,9 @@ def examine(name: str, spec: "ModelSpec", settings: Settings) -> Inspection:
         in_enclave=("embedding", "RMSNorm", "rotary embedding", "KV cache", "attention", "SwiGLU", "sampling"),
         crossing_bytes_per_token=crossing,
         pad_bytes_per_token=crossing,  # r and u are as long as what they hide
-        pantry_tokens=settings.blinding.pantry_bytes // crossing if crossing else 0,
+        pantry_tokens=settings.blinding.pantry_bytes // crossing,
         kv_cache_bytes_per_token=8 * spec.layers * spec.kv_heads * head,
-        learns=LEARNS if lent else ("nothing: it is not used",),
+        learns=LEARNS,
         does_not_learn=DOES_NOT_LEARN,
     )
 
@@ -110,17 +109,18 @@ def inspect(
     model: o.ModelArgument,
     file: o.SettingsFile = None,
     weights: o.WeightsOption = None,
-    placement: o.PlacementOption = None,
     pantry: o.PantryOption = None,
     as_json: o.JsonOption = False,
 ) -> None:
-    """Show what runs where, what crosses per token, and what the accelerator learns.
+    """Show what the default policy runs where, what crosses per token, and what the accelerator learns.
+
+    [bold]cloister plan[/bold] compares policies and predicts their speed.
 
     Reads the configuration and the headers only: a 70-billion-parameter model takes a second.
     """
     from cloister.model.directory import open_model  # here: the other commands start faster without NumPy
 
-    settings = o.RuntimeOptions(file, weights, placement, pantry_mib=pantry).settings()
+    settings = o.RuntimeOptions(file, weights, pantry_mib=pantry).settings()
     path = Path(model)
     directory = open_model(path)
     report = examine(path.resolve().name, directory.spec, settings)

@@ -9,7 +9,6 @@ import typer
 from cloister.settings import (
     Backend,
     OnFailure,
-    Placement,
     Prefill,
     Settings,
     Weights,
@@ -23,15 +22,24 @@ ModelArgument = Annotated[
 SettingsFile = Annotated[
     Path | None,
     typer.Option(
-        "--settings", help="TOML file with the tables blinding, accelerator and cache. Options below win over it."
+        "--settings", help="TOML file with the tables blinding, accelerator, cache and plan. Options below win over it."
     ),
 ]
 WeightsOption = Annotated[
     Weights | None, typer.Option("--weights", help="int8: one plane. int8x2: a second one, fidelity close to bfloat16.")
 ]
-PlacementOption = Annotated[
-    Placement | None,
-    typer.Option("--placement", help="blinded: lend linear layers. enclave: compute everything in the enclave."),
+PolicyOption = Annotated[
+    str | None, typer.Option("--policy", help="What runs where; cloister plan --list describes each policy.")
+]
+ThreatOption = Annotated[
+    str | None,
+    typer.Option("--threat", help="Who may not learn what: private-prompts, private-model, private-weights."),
+]
+RulesOption = Annotated[
+    Path | None, typer.Option("--rules", help="plan.toml: tensors that are secret, public, in the enclave or blinded.")
+]
+InsecureOption = Annotated[
+    bool, typer.Option("--allow-insecure-baseline", help="Allow policies that expose secrets, to audit them.")
 ]
 AddressOption = Annotated[
     list[str] | None,
@@ -64,12 +72,33 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 
 
 @dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """The options of a command that say what runs where; None leaves a choice to the file, then to the default."""
+
+    policy: str | None = None
+    threat: str | None = None
+    rules: Path | None = None
+    allow_insecure_baseline: bool = False
+
+    def given(self) -> dict[str, Any]:
+        """Returns the settings that the options change."""
+        return _given(
+            {
+                "policy": self.policy,
+                "threat": self.threat,
+                "rules": str(self.rules.resolve()) if self.rules else None,
+                "allow_insecure_baseline": True if self.allow_insecure_baseline else None,
+            }
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class RuntimeOptions:
     """The options of a command that say how the model runs; None leaves a choice to the file, then to the default."""
 
     file: Path | None = None
     weights: Weights | None = None
-    placement: Placement | None = None
+    plan: "PlanOptions | None" = None
     addresses: list[str] | None = None
     workers: int | None = None
     backend: Backend | None = None
@@ -89,7 +118,6 @@ class RuntimeOptions:
         base = from_toml(self.file) if self.file else Settings()
         blinding: dict[str, Any] = {
             "weights": self.weights,
-            "placement": self.placement,
             "pantry_bytes": None if self.pantry_mib is None else self.pantry_mib * 2**20,
             "when_empty": self.when_empty,
             "prefill": self.prefill,
@@ -105,6 +133,7 @@ class RuntimeOptions:
             blinding=dataclasses.replace(base.blinding, **_given(blinding)),
             accelerator=dataclasses.replace(base.accelerator, **_given(accelerator)),
             cache=dataclasses.replace(base.cache, **_given({"max_context": self.context})),
+            plan=dataclasses.replace(base.plan, **(self.plan.given() if self.plan else {})),
         )
 
 

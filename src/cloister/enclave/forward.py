@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from cloister.blinding.linear import LentLinear
+from cloister.blinding.linear import Linear
 from cloister.enclave.kernels import add_rms_norm, attention, rms_norm, rotate_and_store, swiglu
 from cloister.enclave.kvcache import CachedSequence, PagedKVCache
 from cloister.enclave.prepare import LINEARS_PER_LAYER, EnclaveModel
@@ -27,7 +27,7 @@ class LinearGate(Protocol):
     """Whatever computes linear layers: the gate of `enclave.outsource`, or a baseline."""
 
     @property
-    def linears(self) -> Sequence[LentLinear]:
+    def linears(self) -> Sequence[Linear]:
         """The linears in the order they are used."""
         ...
 

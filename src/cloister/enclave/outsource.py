@@ -19,12 +19,13 @@ from jaxtyping import Float32, Int32
 
 from cloister.accelerator.api import Accelerator
 from cloister.arith.team import Team
-from cloister.blinding.linear import LentLinear
+from cloister.blinding.linear import LentLinear, Linear
 from cloister.blinding.mill import Mill
 from cloister.blinding.pads import Pad
 from cloister.blinding.pantry import Pantry
-from cloister.errors import AcceleratorError, PantryEmptyError
-from cloister.settings import OnFailure, Placement, Prefill, Settings, WhenEmpty
+from cloister.enclave.schedule import Schedule
+from cloister.errors import AcceleratorError, BlindingError, PantryEmptyError
+from cloister.settings import OnFailure, Prefill, Settings, WhenEmpty
 from cloister.wire.messages import check_product
 
 
@@ -68,7 +69,7 @@ class Gate:
 
     def __init__(
         self,
-        linears: Sequence[LentLinear],
+        linears: Sequence[Linear],
         accelerators: Sequence[Accelerator],
         pantry: Pantry,
         settings: Settings,
@@ -76,7 +77,9 @@ class Gate:
         mill: Mill | None = None,
         team: Team | None = None,
         on_incident: Callable[[Incident], None] | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
+        """`schedule`: what the plan lets it lend; None: every linear with a public weight."""
         self.linears = tuple(linears)
         self.counters = GateCounters()
         self._healthy = list(accelerators)
@@ -85,10 +88,10 @@ class Gate:
         self._settings = settings
         self._team = team
         self._on_incident = on_incident
-        self._identities = [(linear.weight.weight_id, linear.weight.shape[0]) for linear in self.linears]
+        self._weights = [linear.weight if isinstance(linear, LentLinear) else None for linear in self.linears]
+        self._may = (schedule or Schedule.everything(self.linears)).allowed(self.linears)
         self._scratch = np.empty(0, np.int32)
         self._timeout = settings.accelerator.timeout_seconds
-        self._lend = settings.blinding.placement is Placement.BLINDED and bool(self._healthy)
 
     @property
     def accelerators(self) -> tuple[str, ...]:
@@ -97,7 +100,7 @@ class Gate:
 
     def lends(self, tokens: int) -> bool:
         """Whether a pass over `tokens` rows would be lent now, or computed in the enclave (prefill setting)."""
-        if not (self._lend and self._healthy):
+        if not self._healthy:
             return False
         prefill = self._settings.blinding.prefill
         if tokens == 1 or prefill is Prefill.BLINDED:
@@ -118,7 +121,7 @@ class Gate:
             NonFiniteError: `x` holds NaN or infinity.
             PantryEmptyError: waiting for pads took longer than the accelerator's timeout.
         """
-        while lend and self._healthy:
+        while lend and self._healthy and self._may[x.shape[0] > 1][index]:
             pad = self._pad(index, x.shape[0])
             if pad is None:
                 break
@@ -139,18 +142,20 @@ class Gate:
         x: Float32[np.ndarray, "tokens d_in"],
         out: Float32[np.ndarray, "tokens d_out"],
     ) -> None:
-        counters, (weight_id, outputs) = self.counters, self._identities[index]
+        counters, weight = self.counters, self._weights[index]
+        if weight is None:
+            raise BlindingError(f"{self.linears[index].name} has a private weight and was about to be lent.")
         started = time.perf_counter()
         blinded, opening = pad.blind(x)
         blind_done = time.perf_counter()
         counters.blind_seconds += blind_done - started
         counters.bytes_sent += blinded.rows.nbytes
         try:
-            answer = accelerator.multiply(weight_id, blinded, self._timeout)
+            answer = accelerator.multiply(weight.weight_id, blinded, self._timeout)
         finally:
             answered = time.perf_counter()
             counters.lent_seconds += answered - blind_done
-        check_product(answer, x.shape[0], outputs)
+        check_product(answer, x.shape[0], weight.shape[0])
         private = self._private(answer.size).reshape(answer.shape)
         np.copyto(private, answer)  # the accelerator can still write `answer`
         opening.recover(private, out)

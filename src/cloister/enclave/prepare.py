@@ -3,10 +3,12 @@
 Covers: quantising every large weight, one slice of rows at a time, straight into the memory that is shared with workers
 of this host (sealed against writing by anyone); drawing the check keys; keeping embeddings, norms and biases here.
 Guarantees: beyond the quantised model, peak memory grows only by one slice: source pages are released as they are used.
-Does not cover: private weights. Here the whole base checkpoint is public, by the operator's declaration.
+A product that the plan calls secret lies in the enclave's private memory: it is never shared, hashed or given a check key,
+and has a type (`PrivateLinear`) that no accelerator takes.
+Does not cover: which weights are secret (`cloister.plan`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Final, Protocol, runtime_checkable
 
@@ -15,7 +17,7 @@ from jaxtyping import Float32
 
 from cloister.arith.team import Team
 from cloister.blinding.checks import CheckKey
-from cloister.blinding.linear import LentLinear
+from cloister.blinding.linear import LentLinear, Linear, PrivateLinear
 from cloister.blinding.pads import PadSource
 from cloister.blinding.quantize import Reach, quantize_rows
 from cloister.errors import CheckpointError
@@ -51,7 +53,7 @@ class EnclaveModel:
     """A model ready to run: linears in the order they are used (four a layer, the LM head last)."""
 
     spec: ModelSpec
-    linears: tuple[LentLinear, ...]
+    linears: tuple[Linear, ...]
     layers: tuple[LayerWeights, ...]
     final_norm: Float32[np.ndarray, " hidden"]
     embedding: "EmbeddingTable"
@@ -90,19 +92,22 @@ def prepare(
     *,
     team: Team | None = None,
     progress: Progress | None = None,
+    secret: Collection[str] = (),
 ) -> EnclaveModel:
     """Returns the quantised model of a checked checkpoint.
+
+    `secret`: the products whose weights stay private, by name, e.g. `layers.0.qkv`.
 
     Raises:
         CheckpointError: a weight is NaN or infinite; the error names it.
     """
-    builder = _Builder(checkpoint, spec, settings, source, team, progress)
+    builder = _Builder(checkpoint, spec, settings, source, team, progress, frozenset(secret))
     linears = tuple(builder.linears())
     layers = tuple(builder.layer(index) for index in range(spec.layers))
     final_norm = checkpoint.tensor("model.norm.weight")
     embedding = Embedding(checkpoint, "model.embed_tokens.weight")
     checkpoint.release()
-    size = sum(linear.weight.matrix.nbytes for linear in linears) + embedding.nbytes
+    size = sum(linear.matrix.nbytes for linear in linears) + embedding.nbytes
     return EnclaveModel(spec, linears, layers, final_norm, embedding, size)
 
 
@@ -115,6 +120,7 @@ class _Builder:
         source: PadSource,
         team: Team | None,
         progress: Progress | None,
+        secret: frozenset[str],
     ) -> None:
         self._checkpoint = checkpoint
         self._spec = spec
@@ -123,10 +129,11 @@ class _Builder:
         self._source = source
         self._team = team
         self._progress = progress
+        self._secret = secret
         self._done = 0
         self._total = sum(self._weights_in(parts) for _, parts in self._groups())
 
-    def linears(self) -> Iterator[LentLinear]:
+    def linears(self) -> Iterator[Linear]:
         for name, parts in self._groups():
             yield self._linear(name, parts)
 
@@ -155,11 +162,13 @@ class _Builder:
         shapes = [self._checkpoint.shape(f"{part}.weight") for part in parts]
         return sum(rows * columns for rows, columns in shapes)
 
-    def _linear(self, name: str, parts: tuple[str, ...]) -> LentLinear:
+    def _linear(self, name: str, parts: tuple[str, ...]) -> Linear:
         shapes = [self._checkpoint.shape(f"{part}.weight") for part in parts]
         d_out, d_in = sum(shape[0] for shape in shapes), shapes[0][1]
-        memory = SealedMatrix.create((self._planes * d_out, d_in))
-        planes = memory.array.reshape(self._planes, d_out, d_in)
+        rows_in_all = self._planes * d_out
+        memory = None if name in self._secret else SealedMatrix.create((rows_in_all, d_in))
+        matrix = np.empty((rows_in_all, d_in), np.int8) if memory is None else memory.array
+        planes = matrix.reshape(self._planes, d_out, d_in)
         scales = np.empty((self._planes, d_out), np.float32)
         norm = 0.0
         first = 0
@@ -169,10 +178,13 @@ class _Builder:
                 norm = max(norm, self._quantize(f"{part}.weight", start, stop, planes[:, rows], scales[:, rows]))
                 self._report((stop - start) * d_in)
             first += shape[0]
+        reach, bias = Reach.of(norm, d_in), self._bias(parts, shapes)
+        if memory is None:
+            return PrivateLinear(name, matrix, scales, reach, bias)
         memory.seal()
-        weight = PublicWeight(memory.array, weight_hash(memory.array), memory)
+        weight = PublicWeight(matrix, weight_hash(matrix), memory)
         key = CheckKey.draw(weight, self._settings.checks, self._source, self._team)
-        return LentLinear(name, weight, scales, Reach.of(norm, d_in), key, self._bias(parts, shapes))
+        return LentLinear(name, weight, scales, reach, key, bias)
 
     def _quantize(self, name: str, start: int, stop: int, planes: np.ndarray, scales: np.ndarray) -> float:
         try:

@@ -16,22 +16,20 @@ from cloister.accelerator.shared import SharedMemoryAccelerator
 from cloister.arith.team import Team, usable_cores
 from cloister.audit.observer import Observer
 from cloister.audit.tamper import Tamper
+from cloister.blinding.linear import LentLinear
 from cloister.blinding.mill import Mill
 from cloister.blinding.pads import PadSource
-from cloister.blinding.pantry import Pantry
 from cloister.enclave.engine import Engine
-from cloister.enclave.forward import Forward
-from cloister.enclave.kvcache import PagedKVCache
-from cloister.enclave.outsource import Gate
-from cloister.enclave.prepare import EnclaveModel, prepare
+from cloister.enclave.prepare import prepare
+from cloister.enclave.schedule import Schedule
 from cloister.enclave.session import Session, failure, report
-from cloister.errors import AcceleratorError, CloisterError, WireError
+from cloister.errors import AcceleratorError, CloisterError, PlanError, WireError
+from cloister.local.assembly import assemble, register
 from cloister.model.directory import open_model
-from cloister.settings import AcceleratorSettings, Placement, Settings, from_mapping
+from cloister.plan.plan import InsecurePlan
+from cloister.plan.planner import planned
+from cloister.settings import AcceleratorSettings, Settings, from_mapping
 from cloister.wire.session import Event, Open, Progress, Ready, Rehearsal, SessionSocket, Sightings
-
-DEFAULT_CONTEXT = 8192
-"""Longest session when neither the settings nor the model ask for less."""
 
 STAND_IN = "software stand-in (not a TEE: the host can read its memory)"
 
@@ -89,68 +87,50 @@ class EnclaveProcess:
 
     def _open(self, request: Open) -> Session:
         settings = from_mapping(Settings, request.settings)
-        lend = settings.blinding.placement is Placement.BLINDED
-        if lend:  # they start up while the model is read
-            self._accelerators = open_accelerators(settings.accelerator)
         directory = open_model(Path(request.model))
         spec = directory.spec
-        team = Team(usable_cores())
+        plan = planned(spec, settings)
+        if isinstance(plan, InsecurePlan):
+            raise PlanError(f"The policy {plan.policy!r} does not run here.")
+        schedule = Schedule.of(plan)
+        if schedule.lent:  # they start up while the model is read
+            self._accelerators = open_accelerators(settings.accelerator)
         source = PadSource()
         model = prepare(
-            directory.checkpoint, spec, settings.blinding, source, team=team,
+            directory.checkpoint, spec, settings.blinding, source, team=Team(usable_cores()),
             progress=lambda stage, done, total: self._session.send(Progress(stage, done, total, "weights")),
+            secret=plan.secret_groups,
         )  # fmt: skip
         directory.checkpoint.close()
         staged, observer = rehearse(self._accelerators, request.rehearsal)
-        if lend:
-            self._register(staged, model)
-        context = min(settings.cache.max_context or DEFAULT_CONTEXT, spec.max_positions)
-        pantry = Pantry(model.linears, settings.blinding.pantry_bytes if lend else 0, source)
-        if lend:
-            target = min(pantry.capacity_tokens, context)
-            pantry.stock(
-                min(target, self._first_stock(pantry)),
-                lambda done, total: self._session.send(Progress("stocking pads", done, total, "tokens")),
-            )
-            self._mill = Mill(pantry, target)
-        cache = PagedKVCache(spec.layers, spec.kv_heads, spec.head_dim, settings.cache.page_tokens, context)
-        gate = Gate(
-            model.linears, staged, pantry, settings,
-            mill=self._mill, team=Team(usable_cores()), on_incident=partial(report, self._session),
+        lent = [linear for linear in model.linears if isinstance(linear, LentLinear) and linear.name in schedule.lent]
+        register(staged, lent, self._given_up, partial(self._progress, "registering", "weights"))
+        parts = assemble(
+            model, plan, settings, staged, source,
+            on_incident=partial(report, self._session), on_stock=partial(self._progress, "stocking pads", "tokens"),
         )  # fmt: skip
-        forward = Forward(model, gate, cache, shape_hiding=settings.blinding.shape_hiding)
-        engine = Engine(forward, gate, pantry, directory.tokenizer, directory.defaults, mill=self._mill)
+        self._mill = parts.mill
+        engine = Engine(
+            parts.forward, parts.gate, parts.pantry, directory.tokenizer, directory.defaults, mill=self._mill
+        )
         self._session.send(
             Ready(
                 model=directory.path.name,
                 family=spec.family.value,
                 parameters=spec.parameters,
-                max_context=context,
+                max_context=parts.forward.max_context,
                 has_chat_template=directory.tokenizer.has_chat_template,
-                accelerators=gate.accelerators,
+                accelerators=parts.gate.accelerators,
                 tee=STAND_IN,
             )
         )
         return Session(self._session, engine, partial(sightings, observer) if observer is not None else None)
 
-    def _register(self, staged: list[Accelerator], model: EnclaveModel) -> None:
-        """Hands every public weight to every accelerator; one that fails is given up, unless it is the last."""
-        for done, linear in enumerate(model.linears, 1):
-            for accelerator in tuple(staged):
-                try:
-                    accelerator.register(linear.weight)
-                except AcceleratorError as error:
-                    staged.remove(accelerator)
-                    accelerator.close()
-                    if not staged:
-                        raise
-                    self._session.send(Event(accelerator.name, linear.name, error.message, "left to the others"))
-            self._session.send(Progress("registering", done, len(model.linears), "weights"))
+    def _progress(self, stage: str, unit: str, done: int, total: int) -> None:
+        self._session.send(Progress(stage, done, total, unit))
 
-    @staticmethod
-    def _first_stock(pantry: Pantry) -> int:
-        """Returns how many tokens to stock before the session opens: a few, quickly; the mill makes the rest."""
-        return max(1, min(64, 32 * 2**20 // pantry.bytes_per_token))
+    def _given_up(self, accelerator: Accelerator, linear: str, error: AcceleratorError) -> None:
+        self._session.send(Event(accelerator.name, linear, error.message, "left to the others"))
 
 
 def sightings(observer: Observer) -> Sightings:

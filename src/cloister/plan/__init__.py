@@ -1,0 +1,1 @@
+"""Decides what runs where and why it is safe: labels, the rule of soundness, policies, predicted cost."""
