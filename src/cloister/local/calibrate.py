@@ -1,0 +1,263 @@
+"""A short calibration: what each product of a model takes here, through the very code that runs it.
+
+Covers: products of one row (in the enclave, lent, plain) and of many, making pads, and a token's work without products.
+Products are timed inside real forward passes over weights that no cache holds (or all of the model, if it is smaller): the
+same product is twice as fast when its weight is still in a cache, and slower when threads have gone to sleep.
+Does not cover: load that comes later. A busy machine gives busy numbers.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import numpy as np
+from jaxtyping import Float32
+
+from cloister.accelerator.api import Accelerator
+from cloister.arith.product import int8_product
+from cloister.arith.team import Team, usable_cores
+from cloister.blinding.linear import LentLinear, Linear
+from cloister.blinding.pads import PadSource
+from cloister.blinding.pantry import Pantry
+from cloister.enclave.forward import Forward
+from cloister.enclave.kvcache import PagedKVCache
+from cloister.enclave.outsource import Gate
+from cloister.enclave.prepare import LINEARS_PER_LAYER, EnclaveModel
+from cloister.enclave.sampling import Sampler, SamplingSettings
+from cloister.plan.cost import Calibration, ProductRate
+from cloister.settings import AcceleratorSettings, BlindingSettings, Prefill, Settings
+
+PASSES: Final = 20
+"""Timed passes over the weights, after one to warm up."""
+
+PAD_ROWS: Final = 32
+"""Pads made at once, as the mill makes them."""
+
+PREFILL_ROWS: Final = 16
+"""Rows of a product that stands for a prompt's."""
+
+MOST_WEIGHT_BYTES: Final = 768 * 2**20
+"""Weights of the layers that are timed: more than caches hold, few enough for seconds."""
+
+CONTEXTS: Final = (64, 512)
+"""Tokens of context at which passes are timed; the second tells what attention adds."""
+
+Timing = tuple[float, float]
+"""Wall-clock and CPU seconds of this process."""
+
+
+def calibrate(
+    model: EnclaveModel,
+    start: Callable[[], Sequence[Accelerator]],
+    source: PadSource,
+    report: Callable[[int, int], None] | None = None,
+) -> Calibration:
+    """Returns the rates of `model`; takes seconds.
+
+    `start` returns the accelerators, holding the public weights; it is called when the enclave alone has been timed, since
+    a worker changes how fast threads wake. Without accelerators, or for private weights, a lent product counts as one that
+    is computed in the enclave.
+    """
+    part = _first_layers(model)
+    share = model.spec.layers / part.spec.layers
+    lendable = [linear for linear in part.linears if isinstance(linear, LentLinear)]
+    with Team(usable_cores()) as team:
+
+        def tick(done: int) -> None:
+            if report is not None:
+                report(done, 7)
+
+        enclave = _Passes(part, lambda linear, x, out: linear.compute(x, out, team))
+        one, glue, glue_cpu = enclave.timed(1, CONTEXTS[0])
+        tick(1)
+        many, _, _ = enclave.timed(PREFILL_ROWS, 0)
+        tick(2)
+        _, far, _ = enclave.timed(1, enclave.longest(CONTEXTS[1]))
+        slope = max(0.0, far - glue) / max(1, enclave.longest(CONTEXTS[1]) - CONTEXTS[0])
+        plain, _, _ = _Passes(part, lambda linear, x, out: _plain(linear, x, out, team)).timed(1, CONTEXTS[0])
+        tick(3)
+        late = _times(lendable, lambda linear: linear.make_pad(1, source, team))
+        batch = _times(lendable, lambda linear: linear.make_pad(PAD_ROWS, source))
+        tick(4)
+        accelerators = start()
+        lent = _lent(part, accelerators, source, 1, CONTEXTS[0])
+        tick(5)
+        lent_many = _lent(part, accelerators, source, PREFILL_ROWS, 0)
+        tick(6)
+    products = {}
+    for linear in {_kind(linear): linear for linear in part.linears}.values():
+        kind = _kind(linear)
+        online, online_many = lent.get(kind) or one[kind], lent_many.get(kind) or many[kind]
+        products[kind] = ProductRate(
+            enclave=_wall(one[kind]),
+            enclave_cpu=_cpu(one[kind]),
+            lent=_wall(online),
+            lent_cpu=_cpu(online),
+            pad_cpu=_cpu(batch[kind]) / PAD_ROWS if kind in batch else 0.0,
+            pad_late=_wall(late[kind]) if kind in late else 0.0,
+            plain=_wall(plain[kind]),
+            enclave_row=_wall(many[kind]) / (1 if kind == "lm_head" else PREFILL_ROWS),
+            lent_row=_wall(online_many) / (1 if kind == "lm_head" else PREFILL_ROWS),
+            bytes_crossing=4 * (linear.d_in + linear.matrix.shape[0]),
+            weight_bytes=linear.matrix.nbytes,
+        )
+    sampling = _sampling(model.spec.vocab_size)
+    tick(7)
+    return Calibration(products, share * glue, share * glue_cpu, share * slope, sampling, CONTEXTS[0])
+
+
+def _first_layers(model: EnclaveModel) -> EnclaveModel:
+    """Returns the model, or its first layers up to a limit of bytes, with the LM head."""
+    layers = model.spec.layers
+    block = sum(linear.matrix.nbytes for linear in model.linears[:LINEARS_PER_LAYER])
+    kept = max(1, min(layers, MOST_WEIGHT_BYTES // block))
+    if kept == layers:
+        return model
+    spec = dataclasses.replace(model.spec, layers=kept, windows=model.spec.windows[:kept])
+    linears = (*model.linears[: LINEARS_PER_LAYER * kept], model.linears[-1])
+    return dataclasses.replace(model, spec=spec, linears=linears, layers=model.layers[:kept])
+
+
+def _kind(linear: Linear) -> str:
+    return linear.name.rpartition(".")[2]
+
+
+class _Passes:
+    """Forward passes in which every product is timed."""
+
+    def __init__(self, model: EnclaveModel, product: Callable[[Linear, np.ndarray, np.ndarray], None]) -> None:
+        spec = model.spec
+        self._model = model
+        self._gate = _TimedGate(model.linears, product)
+        self._cache = PagedKVCache(spec.layers, spec.kv_heads, spec.head_dim, 16, spec.max_positions)
+        self._forward = Forward(model, self._gate, self._cache)
+
+    def longest(self, context: int) -> int:
+        """Returns `context`, or the longest that leaves room for the passes."""
+        return min(context, self._model.spec.max_positions - (PASSES + 2))
+
+    def timed(self, rows: int, context: int) -> tuple[dict[str, list[Timing]], float, float]:
+        """Returns the times of products by kind, and the seconds and CPU of a pass without them."""
+        forward, gate = self._forward, self._gate
+        forward.truncate(0)
+        for start in range(0, self.longest(context), 128):
+            forward.run([0] * min(128, context - start))
+        rests: list[Timing] = []
+        gate.times = {}
+        for turn in range(PASSES + 1):
+            if rows > 1:
+                forward.truncate(0)
+            if turn == 1:
+                gate.times = {}
+            gate.spent = (0.0, 0.0)
+            wall, cpu = time.perf_counter(), time.process_time()
+            forward.run([0] * rows)
+            rest = time.perf_counter() - wall - gate.spent[0], time.process_time() - cpu - gate.spent[1]
+            if turn:
+                rests.append(rest)
+        return gate.times, _wall(rests), _cpu(rests)
+
+
+class _TimedGate:
+    """Computes linears by a function and notes how long each took."""
+
+    def __init__(self, linears: Sequence[Linear], product: Callable[[Linear, np.ndarray, np.ndarray], None]) -> None:
+        self.linears = linears
+        self.times: dict[str, list[Timing]] = {}
+        self.spent: Timing = (0.0, 0.0)
+        self._product = product
+
+    def lends(self, tokens: int) -> bool:
+        """The function decides."""
+        return False
+
+    def linear(
+        self,
+        index: int,
+        x: Float32[np.ndarray, "tokens d_in"],
+        out: Float32[np.ndarray, "tokens d_out"],
+        lend: bool = True,
+    ) -> None:
+        """Fills `out` by the function."""
+        linear = self.linears[index]
+        wall, cpu = time.perf_counter(), time.process_time()
+        self._product(linear, x, out)
+        taken = time.perf_counter() - wall, time.process_time() - cpu
+        self.times.setdefault(_kind(linear), []).append(taken)
+        self.spent = self.spent[0] + taken[0], self.spent[1] + taken[1]
+
+
+def _plain(linear: Linear, x: np.ndarray, out: np.ndarray, team: Team) -> None:
+    """Multiplies as an accelerator would in plain: int8 by int8; the values do not matter."""
+    rows = np.ones(x.shape, np.int8)
+    int8_product(linear.matrix, rows, np.empty((x.shape[0], linear.matrix.shape[0]), np.int32), team)
+    out.fill(1)
+
+
+def _lent(
+    model: EnclaveModel, accelerators: Sequence[Accelerator], source: PadSource, rows: int, context: int
+) -> dict[str, list[Timing]]:
+    """Returns the times of lent products with pads in stock."""
+    lendable = [linear for linear in model.linears if isinstance(linear, LentLinear)]
+    if not accelerators or not lendable:
+        return {}
+    passes = PASSES + 1
+    per_token = sum(linear.pad_bytes for linear in lendable)
+    settings = Settings(
+        blinding=BlindingSettings(prefill=Prefill.BLINDED, pantry_bytes=per_token * (rows * passes + 1)),
+        accelerator=AcceleratorSettings(timeout_seconds=600.0),
+    )
+    pantry = Pantry(model.linears, settings.blinding.pantry_bytes, source)
+    gate = Gate(model.linears, accelerators, pantry, settings)
+    index = {linear.name: number for number, linear in enumerate(model.linears)}
+    filling = True
+
+    def lend(linear: Linear, x: np.ndarray, out: np.ndarray) -> None:
+        if filling or not isinstance(linear, LentLinear):
+            out.fill(1)
+        else:
+            gate.linear(index[linear.name], x, out)
+
+    made = _Passes(model, lend)
+    if context:
+        made.timed(1, context)
+    pantry.stock(rows * passes)
+    filling = False
+    times, _, _ = made.timed(rows, 0)
+    return {kind: taken for kind, taken in times.items() if any(_kind(linear) == kind for linear in lendable)}
+
+
+def _times(linears: Sequence[LentLinear], action: Callable[[LentLinear], object]) -> dict[str, list[Timing]]:
+    """Returns the times of an action on every linear, by kind; three turns after one to warm up."""
+    times: dict[str, list[Timing]] = {}
+    for turn in range(4):
+        for linear in linears:
+            wall, cpu = time.perf_counter(), time.process_time()
+            action(linear)
+            if turn:
+                times.setdefault(_kind(linear), []).append((time.perf_counter() - wall, time.process_time() - cpu))
+    return times
+
+
+def _sampling(vocab: int) -> float:
+    sampler = Sampler(SamplingSettings(temperature=0.0), vocab, [])
+    logits = np.random.default_rng(0).standard_normal(vocab, np.float32)
+    times = []
+    for _ in range(PASSES):
+        started = time.perf_counter()
+        sampler.sample(logits)
+        times.append((time.perf_counter() - started, 0.0))
+    return _wall(times)
+
+
+def _wall(times: Sequence[Timing]) -> float:
+    """Returns the mean without the slowest tenth: products add up to a pass by their means, not by their medians."""
+    ordered = sorted(wall for wall, _ in times)
+    return statistics.fmean(ordered[: max(1, len(ordered) - len(ordered) // 10)])
+
+
+def _cpu(times: Sequence[Timing]) -> float:
+    """Returns the mean; the clock of CPU time is coarse on some machines."""
+    return statistics.fmean(cpu for _, cpu in times)
