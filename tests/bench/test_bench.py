@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from cloister.audit.baselines.w8a8 import PlainGate
 from cloister.bench import fidelity, latency, load, products
 from cloister.bench.record import command_line
-from cloister.bench.unprotected import PlainGate
 from cloister.blinding.linear import LentLinear
 from tests.blinding.test_blinded_product import make_linear
 

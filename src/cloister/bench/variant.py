@@ -20,9 +20,9 @@ import numpy as np
 from cloister.accelerator.shared import SharedMemoryAccelerator
 from cloister.arith.team import Team, usable_cores
 from cloister.assets import demo_model
+from cloister.audit.baselines.w8a8 import PlainGate
 from cloister.bench.random_model import LLAMA_1_1B, SMOKE, random_model
 from cloister.bench.record import peak_memory_bytes
-from cloister.bench.unprotected import PlainGate
 from cloister.blinding.linear import LentLinear
 from cloister.blinding.pads import PadSource
 from cloister.blinding.pantry import Pantry
