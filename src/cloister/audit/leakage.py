@@ -1,0 +1,331 @@
+"""Measures what the accelerator of a policy learns, operator by operator: bits about the prompt, and private weights.
+
+Covers: running a model under a policy on some text, with an accelerator of this process that remembers everything, and
+turning the attacks of `audit.inversion` and `audit.weight_matching` on what it saw.
+Guarantees: nothing leaves the process, so measuring an insecure baseline exposes its text to no one.
+Does not cover: attacks that are not run. A figure above 0 is a leak that was carried out; a figure of 0 is a proof only for
+the policies whose rows are under one-time pads (`padded` in the result), where the attacks are run to catch a broken pad.
+The attacker knows: the public base model, all but the last part of the text with what the accelerator saw of it (as a user
+who sends prompts of his own would), and every byte that the accelerator was given.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from cloister.accelerator.inprocess import InProcessAccelerator
+from cloister.arith.team import Team
+from cloister.assets import demo_model
+from cloister.audit.baselines.consent import InsecureConsent
+from cloister.audit.baselines.exposure import ExposureObserver
+from cloister.audit.baselines.gate import Delta, open_baseline
+from cloister.audit.baselines.schemes import SCHEMES
+from cloister.audit.baselines.slalom import open_slalom
+from cloister.audit.inversion import Dictionary, PromptRecovery, attack_rows
+from cloister.audit.observer import Observer
+from cloister.audit.weight_matching import (
+    Arrows,
+    WeightRecovery,
+    arrow_match,
+    filled_from_base,
+    score,
+    simulated_base,
+    true_weight,
+    undisguise,
+)
+from cloister.blinding.linear import LentLinear
+from cloister.blinding.pads import PadSource
+from cloister.blinding.pantry import Pantry
+from cloister.enclave.forward import Forward, LinearGate
+from cloister.enclave.kernels import rms_norm
+from cloister.enclave.kvcache import PagedKVCache
+from cloister.enclave.outsource import Gate
+from cloister.enclave.prepare import EnclaveModel, prepare
+from cloister.errors import SettingsError
+from cloister.model.directory import open_model
+from cloister.settings import BlindingSettings, Placement, Prefill, Settings
+
+PADDED: Final = ("blinded", "slalom")
+"""Policies under which every row that the accelerator sees is under a one-time pad."""
+
+POLICIES: Final = ("enclave-only", *PADDED, *SCHEMES)
+"""Every policy that can be measured."""
+
+WINDOW: Final = 128
+"""Tokens per pass; each window is a prompt of its own."""
+
+MOST_TOKENS: Final = 6144
+"""Most tokens that are run."""
+
+LEAST_WINDOWS: Final = 4
+
+ATTACKED: Final = 3
+"""One in this many windows (the last ones) is attacked; the others are known to the attacker."""
+
+MEMORY_BYTES: Final = 2**30
+"""Most bytes of rows that the observer keeps; a larger model is run on fewer tokens."""
+
+PRIVATE_CHANGE: Final = 0.05
+"""How far, in length, the simulated public base is from each row of the private weight."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, in all)."""
+
+
+@dataclass(frozen=True)
+class OperatorLeakage:
+    """What the accelerator learns from one linear."""
+
+    operator: str
+    rows: int
+    """Input rows that it saw while the text was run."""
+    prompt: PromptRecovery | None
+    """What the attack read from those rows; None if it saw none."""
+    weights: WeightRecovery | None
+    """What it knows of a private change to the weight; None if it has nothing of the weight."""
+
+    @property
+    def bits_per_token(self) -> float:
+        """Bits about each token of the prompt, at least."""
+        return self.prompt.bits_per_token if self.prompt else 0.0
+
+    @property
+    def weights_known(self) -> float:
+        """Share of a private change to this weight that it knows; 1 for a weight in the clear, 0 for one it has not."""
+        return self.weights.known if self.weights else 0.0
+
+
+@dataclass(frozen=True)
+class Leakage:
+    """What the accelerator of a policy learns."""
+
+    policy: str
+    padded: bool
+    """Whether rows are under one-time pads (then 0 bits is a theorem, and the attack a test of the code)."""
+    operators: tuple[OperatorLeakage, ...]
+    """In the order of use: four a layer, the LM head last."""
+    known_tokens: int
+    attacked_tokens: int
+    simulated_base: bool
+    """Whether the public base behind `weights` is simulated: the model plus 5 % of noise."""
+
+    @property
+    def worst(self) -> OperatorLeakage:
+        """The operator that tells most about the prompt (the first of equals)."""
+        return max(self.operators, key=lambda operator: (operator.bits_per_token, -self.operators.index(operator)))
+
+    @property
+    def weights_known(self) -> float:
+        """Share of the private change to all weights that is known, each linear counted alike."""
+        return sum(operator.weights_known for operator in self.operators) / len(self.operators)
+
+
+def measure_leakage(
+    policy: str,
+    directory: Path | None = None,
+    text: str | None = None,
+    *,
+    shielded: float | None = None,
+    delta: Delta | None = None,
+    base: Path | None = None,
+    most_tokens: int = MOST_TOKENS,
+    team: Team | None = None,
+    progress: Progress | None = None,
+) -> Leakage:
+    """Returns what the accelerator learns under `policy` (one of `POLICIES`) when the model in `directory` reads `text`.
+
+    The default model is the shipped one, the default text its held-out stories. `shielded` and `delta`: as for
+    `open_baseline` (without a delta, `public-backbone` runs with slices of zero). `base`: the public model that this one was
+    made from, of the same shape; without one it is simulated.
+
+    Raises:
+        SettingsError: the policy is unknown, or the text is too short to train and attack.
+        ModelError: a model cannot be read, or the base has another shape.
+    """
+    if policy not in POLICIES:
+        raise SettingsError(f"No measurable policy is called {policy!r}.", remedy=f"Known: {', '.join(POLICIES)}.")
+    team = team or Team()
+    opened = open_model(directory or demo_model())
+    model = prepare(opened.checkpoint, opened.spec, BlindingSettings(), PadSource(), team=team)
+    content = text if text is not None else (demo_model() / "heldout.txt").read_text(encoding="utf-8")
+    tokens = opened.tokenizer.encode(content)
+    opened.checkpoint.close()
+    bases = _base_weights(base, model, team) if base is not None else None
+    windows = _windows(tokens, model, policy, most_tokens)
+    gate, seen = _open(policy, model, team, shielded, delta)
+    _run(model, gate, windows, progress)
+    report = _Attacker(policy, model, seen, windows, bases)
+    operators = []
+    for index in range(len(model.linears)):
+        if progress is not None:
+            progress("attacking", index, len(model.linears))
+        operators.append(report.operator(index))
+    return Leakage(
+        policy,
+        policy in PADDED,
+        tuple(operators),
+        report.known_tokens,
+        report.attacked_tokens,
+        base is None,
+    )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What an accelerator saw, whichever observer watched it."""
+
+    rows: Callable[[int], np.ndarray | None]
+    weight: Callable[[int], np.ndarray | None]
+    """The weight as floats, in the form and order in which the accelerator has it."""
+
+
+class _Attacker:
+    """Attacks one operator after the other."""
+
+    def __init__(
+        self,
+        policy: str,
+        model: EnclaveModel,
+        seen: _Seen,
+        windows: Sequence[list[int]],
+        bases: Sequence[np.ndarray] | None,
+    ) -> None:
+        self._policy = policy
+        self._model = model
+        self._seen = seen
+        self._tokens = [token for window in windows for token in window]
+        self.attacked_tokens = max(1, len(windows) // ATTACKED) * len(windows[0])
+        self.known_tokens = len(self._tokens) - self.attacked_tokens
+        self._bases = bases
+        self._dictionary = _dictionary(model)
+
+    def operator(self, index: int) -> OperatorLeakage:
+        """Returns what one linear tells."""
+        linear = self._model.linears[index]
+        rows = self._seen.rows(index)
+        weights, arrows = self._weights(index)
+        if rows is None:
+            return OperatorLeakage(linear.name, 0, None, weights)
+        if arrows is not None:
+            ordered = np.empty_like(rows)
+            ordered[:, arrows.columns] = rows
+            rows = ordered
+        known = self.known_tokens
+        recovery = attack_rows(
+            (rows[:known], self._tokens[:known]), rows[known:], self._tokens[known:], self._dictionary,
+            first_layer=index == 0,
+        )  # fmt: skip
+        return OperatorLeakage(linear.name, rows.shape[0], recovery, weights)
+
+    def _weights(self, index: int) -> tuple[WeightRecovery | None, Arrows | None]:
+        exposed = self._seen.weight(index)
+        if exposed is None:
+            return None, None
+        truth = true_weight(self._model.linears[index])
+        base = self._bases[index] if self._bases is not None else simulated_base(truth, PRIVATE_CHANGE, index)
+        if self._policy == "obfuscated":
+            arrows = arrow_match(exposed, base)
+            return score(undisguise(exposed, base, arrows), truth, base), arrows
+        if self._policy == "shield-magnitude":
+            return score(filled_from_base(exposed, base), truth, base), None
+        return score(exposed, truth, base), None
+
+
+def _windows(tokens: list[int], model: EnclaveModel, policy: str, most_tokens: int) -> list[list[int]]:
+    """Returns the passes to run: whole windows, as many as text, limit and the observer's memory allow."""
+    length = min(WINDOW, model.spec.max_positions)
+    row_bytes = (4 if policy in PADDED else 1) * sum(linear.d_in for linear in model.linears)
+    count = min(len(tokens), most_tokens, MEMORY_BYTES // row_bytes) // length
+    if count < LEAST_WINDOWS:
+        raise SettingsError(
+            f"{len(tokens)} tokens of text make {count} prompts of {length}, and the attacks need {LEAST_WINDOWS}.",
+            remedy=f"Give a text of at least {LEAST_WINDOWS * length} tokens; several thousand tell more.",
+        )
+    return [tokens[i * length : (i + 1) * length] for i in range(count)]
+
+
+def _run(model: EnclaveModel, gate: LinearGate, windows: Sequence[list[int]], progress: Progress | None) -> None:
+    spec = model.spec
+    forward = Forward(model, gate, PagedKVCache(spec.layers, spec.kv_heads, spec.head_dim, 16, len(windows[0])))
+    for done, window in enumerate(windows):
+        if progress is not None:
+            progress("running", done, len(windows))
+        forward.truncate(0)
+        forward.run_all(window)
+
+
+def _open(
+    policy: str, model: EnclaveModel, team: Team, shielded: float | None, delta: Delta | None
+) -> tuple[LinearGate, _Seen]:
+    """Returns the gate of a policy and what its accelerator will have seen."""
+    if policy in ("blinded", "enclave-only"):
+        if shielded is not None or delta is not None:
+            raise SettingsError(f"The policy {policy} has no amount to shield and no slices.")
+        return _open_blinded(policy, model, team)
+    observer = ExposureObserver(MEMORY_BYTES)
+
+    def weight(index: int) -> np.ndarray | None:
+        exposed = observer.weights.get(index)
+        if exposed is None:
+            return None
+        scales = exposed.scales if exposed.scales is not None else model.linears[index].scales.reshape(-1)
+        return exposed.matrix.astype(np.float32) * scales[:, None]
+
+    seen = _Seen(observer.newest, weight)
+    if policy == "slalom":
+        return open_slalom(model.linears, team, observer=observer), seen
+    consent = InsecureConsent(allow_insecure_baseline=True)  # the accelerator is this process: nothing is exposed
+    slices = (delta or _no_slices) if policy == "public-backbone" else delta
+    gate = open_baseline(
+        policy, model.linears, model.spec.layers, team, consent, shielded=shielded, delta=slices, observer=observer
+    )
+    return gate, seen
+
+
+def _open_blinded(policy: str, model: EnclaveModel, team: Team) -> tuple[LinearGate, _Seen]:
+    lent = policy == "blinded"
+    placement = Placement.BLINDED if lent else Placement.ENCLAVE
+    settings = Settings(blinding=BlindingSettings(placement=placement, prefill=Prefill.BLINDED, pantry_bytes=0))
+    observer = Observer(InProcessAccelerator(threads=team.threads), MEMORY_BYTES)
+    if lent:
+        for linear in model.linears:
+            observer.register(linear.weight)
+    gate = Gate(
+        model.linears, [observer] if lent else [], Pantry(model.linears, 0, PadSource(), team), settings, team=team
+    )
+
+    def rows(index: int) -> np.ndarray | None:
+        weight_id = model.linears[index].weight.weight_id
+        pieces = [rows for seen, rows in observer.seen if seen == weight_id]
+        return np.concatenate(pieces) if pieces else None
+
+    def weight(index: int) -> np.ndarray | None:
+        linear = model.linears[index]
+        return true_weight(linear) if linear.weight.weight_id in observer.weights else None
+
+    return gate, _Seen(rows, weight)
+
+
+def _no_slices(index: int, x: np.ndarray, out: np.ndarray) -> None:
+    """The private part of a model that has none."""
+
+
+def _dictionary(model: EnclaveModel) -> Dictionary:
+    embeddings = model.embedding.rows(list(range(model.spec.vocab_size)))
+    inputs = np.empty_like(embeddings)
+    rms_norm(embeddings, model.layers[0].attention_norm, np.float32(model.spec.norm_epsilon), inputs)
+    return Dictionary(embeddings, inputs)
+
+
+def _base_weights(base: Path, model: EnclaveModel, team: Team) -> list[np.ndarray]:
+    opened = open_model(base)
+    linears: tuple[LentLinear, ...] = prepare(
+        opened.checkpoint, opened.spec, BlindingSettings(), PadSource(), team=team
+    ).linears
+    opened.checkpoint.close()
+    if [linear.weight.shape for linear in linears] != [linear.weight.shape for linear in model.linears]:
+        raise SettingsError(f"{base} is no base of this model: its layers have other shapes.")
+    return [true_weight(linear) for linear in linears]
