@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cloister.bench.random_model import SMOKE
 from cloister.errors import PlanError
+from cloister.local.random_model import SMOKE
 from cloister.plan.labels import THREATS, Placement
 from cloister.plan.plan import Phase, Plan
 from cloister.plan.planner import Request, plan

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloister.bench.random_model import SMOKE
 from cloister.errors import PlanError
+from cloister.local.random_model import SMOKE
+from cloister.plan.consent import InsecureConsent
 from cloister.plan.labels import THREATS, Asset, Party, Placement, Secrecy, ThreatProfile
 from cloister.plan.operators import Kind, Operator, Scheme, operators
-from cloister.plan.plan import Assignment, InsecureConsent, InsecurePlan, Phase, Plan, consent
-from cloister.plan.policies import POLICIES, policy_named
+from cloister.plan.plan import Assignment, InsecurePlan, Phase, Plan
 from cloister.plan.planner import Request, plan
+from cloister.plan.policies import POLICIES, policy_named
 from cloister.plan.rules import read_rules
 from cloister.plan.soundness import view
 
@@ -80,7 +81,7 @@ def test_exactly_the_sound_plans_can_be_constructed(threat: ThreatProfile) -> No
             with pytest.raises(PlanError) as refused:
                 Plan("test", threat, assignments)
             assert refused.value.remedy
-            made = InsecurePlan("test", threat, assignments, consent("test", True))
+            made = InsecurePlan("test", threat, assignments, InsecureConsent(allow_insecure_baseline=True))
             if operator.scheme is not Scheme.OTHER or placement is not Placement.BLINDED:
                 assert operator.name in made.exposed
     assert tried[True]
@@ -145,8 +146,12 @@ def test_every_policy_is_sound_or_refused(policy, threat) -> None:  # type: igno
 
 
 def test_consent_cannot_be_forged() -> None:
+    for word in (1, "true", None, [True]):
+        with pytest.raises(PlanError):
+            InsecureConsent(allow_insecure_baseline=word)
+    threat = THREATS["private-prompts"]
     with pytest.raises(PlanError):
-        InsecureConsent(object())
+        InsecurePlan("unprotected", threat, (), object.__new__(InsecureConsent))
 
 
 def test_a_public_base_is_lent_and_a_private_one_is_not() -> None:

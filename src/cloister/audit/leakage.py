@@ -19,9 +19,8 @@ import numpy as np
 from cloister.accelerator.inprocess import InProcessAccelerator
 from cloister.arith.team import Team
 from cloister.assets import demo_model
-from cloister.audit.baselines.consent import InsecureConsent
 from cloister.audit.baselines.exposure import ExposureObserver
-from cloister.audit.baselines.gate import Delta, open_baseline
+from cloister.audit.baselines.gate import Delta, no_slices, open_baseline
 from cloister.audit.baselines.schemes import SCHEMES
 from cloister.audit.baselines.slalom import open_slalom
 from cloister.audit.inversion import Dictionary, PromptRecovery, attack_rows
@@ -36,7 +35,6 @@ from cloister.audit.weight_matching import (
     true_weight,
     undisguise,
 )
-from cloister.blinding.linear import LentLinear
 from cloister.blinding.pads import PadSource
 from cloister.blinding.pantry import Pantry
 from cloister.enclave.forward import Forward, LinearGate
@@ -46,7 +44,8 @@ from cloister.enclave.outsource import Gate
 from cloister.enclave.prepare import EnclaveModel, prepare
 from cloister.errors import SettingsError
 from cloister.model.directory import open_model
-from cloister.settings import BlindingSettings, Placement, Prefill, Settings
+from cloister.plan.consent import InsecureConsent
+from cloister.settings import BlindingSettings, Prefill, Settings
 
 PADDED: Final = ("blinded", "slalom")
 """Policies under which every row that the accelerator sees is under a one-time pad."""
@@ -132,7 +131,6 @@ def measure_leakage(
     delta: Delta | None = None,
     base: Path | None = None,
     most_tokens: int = MOST_TOKENS,
-    team: Team | None = None,
     progress: Progress | None = None,
 ) -> Leakage:
     """Returns what the accelerator learns under `policy` (one of `POLICIES`) when the model in `directory` reads `text`.
@@ -147,7 +145,7 @@ def measure_leakage(
     """
     if policy not in POLICIES:
         raise SettingsError(f"No measurable policy is called {policy!r}.", remedy=f"Known: {', '.join(POLICIES)}.")
-    team = team or Team()
+    team = Team()
     opened = open_model(directory or demo_model())
     model = prepare(opened.checkpoint, opened.spec, BlindingSettings(), PadSource(), team=team)
     content = text if text is not None else (demo_model() / "heldout.txt").read_text(encoding="utf-8")
@@ -159,9 +157,9 @@ def measure_leakage(
     _run(model, gate, windows, progress)
     report = _Attacker(policy, model, seen, windows, bases)
     operators = []
-    for index in range(len(model.linears)):
+    for index in range(len(model.public_linears)):
         if progress is not None:
-            progress("attacking", index, len(model.linears))
+            progress("attacking", index, len(model.public_linears))
         operators.append(report.operator(index))
     return Leakage(
         policy,
@@ -204,7 +202,7 @@ class _Attacker:
 
     def operator(self, index: int) -> OperatorLeakage:
         """Returns what one linear tells."""
-        linear = self._model.linears[index]
+        linear = self._model.public_linears[index]
         rows = self._seen.rows(index)
         weights, arrows = self._weights(index)
         if rows is None:
@@ -224,7 +222,7 @@ class _Attacker:
         exposed = self._seen.weight(index)
         if exposed is None:
             return None, None
-        truth = true_weight(self._model.linears[index])
+        truth = true_weight(self._model.public_linears[index])
         base = self._bases[index] if self._bases is not None else simulated_base(truth, PRIVATE_CHANGE, index)
         if self._policy == "obfuscated":
             arrows = arrow_match(exposed, base)
@@ -237,7 +235,7 @@ class _Attacker:
 def _windows(tokens: list[int], model: EnclaveModel, policy: str, most_tokens: int) -> list[list[int]]:
     """Returns the passes to run: whole windows, as many as text, limit and the observer's memory allow."""
     length = min(WINDOW, model.spec.max_positions)
-    row_bytes = (4 if policy in PADDED else 1) * sum(linear.d_in for linear in model.linears)
+    row_bytes = (4 if policy in PADDED else 1) * sum(linear.d_in for linear in model.public_linears)
     count = min(len(tokens), most_tokens, MEMORY_BYTES // row_bytes) // length
     if count < LEAST_WINDOWS:
         raise SettingsError(
@@ -271,46 +269,52 @@ def _open(
         exposed = observer.weights.get(index)
         if exposed is None:
             return None
-        scales = exposed.scales if exposed.scales is not None else model.linears[index].scales.reshape(-1)
+        scales = exposed.scales if exposed.scales is not None else model.public_linears[index].scales.reshape(-1)
         return exposed.matrix.astype(np.float32) * scales[:, None]
 
     seen = _Seen(observer.newest, weight)
     if policy == "slalom":
-        return open_slalom(model.linears, team, observer=observer), seen
+        return open_slalom(model.public_linears, team, observer=observer), seen
     consent = InsecureConsent(allow_insecure_baseline=True)  # the accelerator is this process: nothing is exposed
-    slices = (delta or _no_slices) if policy == "public-backbone" else delta
+    slices = (delta or no_slices) if policy == "public-backbone" else delta
     gate = open_baseline(
-        policy, model.linears, model.spec.layers, team, consent, shielded=shielded, delta=slices, observer=observer
+        policy,
+        model.public_linears,
+        model.spec.layers,
+        team,
+        consent,
+        shielded=shielded,
+        delta=slices,
+        observer=observer,
     )
     return gate, seen
 
 
 def _open_blinded(policy: str, model: EnclaveModel, team: Team) -> tuple[LinearGate, _Seen]:
     lent = policy == "blinded"
-    placement = Placement.BLINDED if lent else Placement.ENCLAVE
-    settings = Settings(blinding=BlindingSettings(placement=placement, prefill=Prefill.BLINDED, pantry_bytes=0))
+    settings = Settings(blinding=BlindingSettings(prefill=Prefill.BLINDED, pantry_bytes=0))
     observer = Observer(InProcessAccelerator(threads=team.threads), MEMORY_BYTES)
     if lent:
-        for linear in model.linears:
+        for linear in model.public_linears:
             observer.register(linear.weight)
     gate = Gate(
-        model.linears, [observer] if lent else [], Pantry(model.linears, 0, PadSource(), team), settings, team=team
+        model.public_linears,
+        [observer] if lent else [],
+        Pantry(model.linears, 0, PadSource(), team),
+        settings,
+        team=team,
     )
 
     def rows(index: int) -> np.ndarray | None:
-        weight_id = model.linears[index].weight.weight_id
+        weight_id = model.public_linears[index].weight.weight_id
         pieces = [rows for seen, rows in observer.seen if seen == weight_id]
         return np.concatenate(pieces) if pieces else None
 
     def weight(index: int) -> np.ndarray | None:
-        linear = model.linears[index]
+        linear = model.public_linears[index]
         return true_weight(linear) if linear.weight.weight_id in observer.weights else None
 
     return gate, _Seen(rows, weight)
-
-
-def _no_slices(index: int, x: np.ndarray, out: np.ndarray) -> None:
-    """The private part of a model that has none."""
 
 
 def _dictionary(model: EnclaveModel) -> Dictionary:
@@ -322,10 +326,9 @@ def _dictionary(model: EnclaveModel) -> Dictionary:
 
 def _base_weights(base: Path, model: EnclaveModel, team: Team) -> list[np.ndarray]:
     opened = open_model(base)
-    linears: tuple[LentLinear, ...] = prepare(
-        opened.checkpoint, opened.spec, BlindingSettings(), PadSource(), team=team
-    ).linears
+    prepared = prepare(opened.checkpoint, opened.spec, BlindingSettings(), PadSource(), team=team)
+    linears = prepared.public_linears
     opened.checkpoint.close()
-    if [linear.weight.shape for linear in linears] != [linear.weight.shape for linear in model.linears]:
+    if [linear.weight.shape for linear in linears] != [linear.weight.shape for linear in model.public_linears]:
         raise SettingsError(f"{base} is no base of this model: its layers have other shapes.")
     return [true_weight(linear) for linear in linears]

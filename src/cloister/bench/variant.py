@@ -21,15 +21,14 @@ from cloister.accelerator.shared import SharedMemoryAccelerator
 from cloister.arith.team import Team, usable_cores
 from cloister.assets import demo_model
 from cloister.audit.baselines.w8a8 import PlainGate
-from cloister.bench.random_model import LLAMA_1_1B, SMOKE, random_model
 from cloister.bench.record import peak_memory_bytes
-from cloister.blinding.linear import LentLinear
 from cloister.blinding.pads import PadSource
 from cloister.blinding.pantry import Pantry
 from cloister.enclave.forward import Forward
 from cloister.enclave.kvcache import PagedKVCache
 from cloister.enclave.outsource import Gate
 from cloister.enclave.prepare import EnclaveModel, prepare
+from cloister.local.random_model import LLAMA_1_1B, SMOKE, random_model
 from cloister.model.directory import open_model
 from cloister.settings import AcceleratorSettings, BlindingSettings, Prefill, Settings
 
@@ -165,11 +164,6 @@ def our_model(shape: str, source: PadSource, team: Team) -> EnclaveModel:
     return prepare(directory.checkpoint, directory.spec, BlindingSettings(), source, team=team)
 
 
-def lendable(model: EnclaveModel) -> list[LentLinear]:
-    """Returns the linears that have a public weight: all of them, here."""
-    return [linear for linear in model.linears if isinstance(linear, LentLinear)]
-
-
 def our_runner(name: str, shape: str, plan: Plan) -> OurRunner:
     """Returns our engine in one of its variants."""
     source, team = PadSource(), Team()
@@ -177,17 +171,19 @@ def our_runner(name: str, shape: str, plan: Plan) -> OurRunner:
     spec = model.spec
     cache = PagedKVCache(spec.layers, spec.kv_heads, spec.head_dim, 16, min(spec.max_positions, 1024))
     if name in ("unprotected int8", "enclave-only int8", "enclave-only int8, 1 thread"):
-        plain = PlainGate(model.linears, Team(1) if name.endswith("1 thread") else team)
+        plain = PlainGate(model.public_linears, Team(1) if name.endswith("1 thread") else team)
         return OurRunner(Forward(model, plain, cache), plain, None, None)
     lent = name == "blinded"
-    budget = sum(linear.pad_bytes for linear in lendable(model)) * (max(*plan.prefills, plan.tokens + WARM_UP, 32) + 1)
+    budget = sum(linear.pad_bytes for linear in model.public_linears) * (
+        max(*plan.prefills, plan.tokens + WARM_UP, 32) + 1
+    )
     settings = Settings(
         blinding=BlindingSettings(prefill=Prefill.BLINDED, pantry_bytes=budget),
         accelerator=AcceleratorSettings(timeout_seconds=120.0),
     )
     worker = SharedMemoryAccelerator.start() if lent else None
     if worker is not None:
-        for linear in lendable(model):
+        for linear in model.public_linears:
             worker.register(linear.weight)
     pantry = Pantry(model.linears, budget if lent else 0, source, team)
     gate = Gate(model.linears, [worker] if worker else [], pantry, settings, team=Team())
@@ -245,7 +241,7 @@ def pad_cost(shape: str, batch: int = 32) -> dict[str, float]:
     """Returns the CPU and wall time of making the pads of one token, in batches as the mill makes them."""
     source = PadSource()
     model = our_model(shape, source, Team())
-    budget = sum(linear.pad_bytes for linear in lendable(model)) * 3 * batch
+    budget = sum(linear.pad_bytes for linear in model.public_linears) * 3 * batch
     pantry = Pantry(model.linears, budget, source)
     pantry.stock(3 * batch, batch_tokens=batch)
     for index in range(len(model.linears)):  # steady state: used-up memory is used again

@@ -55,6 +55,20 @@ def products(smoke: SmokeOption = False, out: OutOption = Path("bench/results"))
     record.show(stdout())
 
 
+@app.command("plans")
+def plans(
+    shape: Annotated[str, typer.Option("--shape", help="demo or 1.1b.")] = "1.1b",
+    smoke: SmokeOption = False,
+    out: OutOption = Path("bench/results"),
+) -> None:
+    """Every policy: the decode time that the planner predicts, and the one that is measured."""
+    from cloister.bench.plans import run
+
+    record = run(shape, smoke, stderr())
+    record.write(out)
+    record.show(stdout())
+
+
 @app.command("load")
 def load(
     gigabytes: Annotated[

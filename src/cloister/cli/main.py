@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cloister import __version__
-from cloister.cli import accelerator, bench, chat, demo, generate, inspect
+from cloister.cli import accelerator, bench, chat, demo, generate, inspect, plan
 from cloister.cli.display import stderr
 from cloister.errors import CloisterError
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
+app.command("plan")(plan.plan)
 app.command("demo")(demo.demo)
 app.command("accelerator")(accelerator.accelerator)
 app.add_typer(bench.app, name="bench")

@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from cloister.cli.display import AnswerView, Display
+from rich.text import Text
+
+from cloister.cli.display import AnswerView, Display, stderr
 from cloister.local.client import LLM, Reply
 from cloister.settings import Settings
 from cloister.wire.session import Rehearsal
@@ -18,6 +20,8 @@ def loaded(model: Path, settings: Settings, display: Display, rehearsal: Rehears
     with display.loading():
         llm = LLM(model, settings, rehearsal=rehearsal, listener=display)
     with llm:
+        if llm.info.warning:  # also with --quiet: nobody runs a baseline without being told
+            stderr().print(Text(llm.info.warning, style="bold red"))
         yield llm
 
 

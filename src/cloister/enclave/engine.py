@@ -9,7 +9,7 @@ Does not cover: which process this is (`local.enclave_process`) or who asks (`en
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
@@ -17,8 +17,8 @@ from jaxtyping import Float32
 from cloister.blinding.mill import Mill
 from cloister.blinding.pantry import Pantry
 from cloister.enclave.detokenise import StreamDecoder
-from cloister.enclave.forward import Forward
-from cloister.enclave.outsource import Gate
+from cloister.enclave.forward import Forward, LinearGate
+from cloister.enclave.outsource import GateCounters
 from cloister.enclave.sampling import Sampled, Sampler, SamplingSettings
 from cloister.enclave.stopping import StopDetector
 from cloister.errors import GenerationCancelled, RequestError
@@ -35,13 +35,28 @@ PREFILL_TOKENS: Final = 256
 """Tokens of the prompt per pass: bounds the memory of a pass, and the time until a cancel is seen."""
 
 
+@runtime_checkable
+class MeteredGate(LinearGate, Protocol):
+    """A gate that counts what it does: `enclave.outsource.Gate`, or a baseline to compare it with."""
+
+    @property
+    def counters(self) -> GateCounters:
+        """What it did since it was opened."""
+        ...
+
+    @property
+    def accelerators(self) -> tuple[str, ...]:
+        """Names of the accelerators that are in use."""
+        ...
+
+
 class Engine:
     """Generates text with one model."""
 
     def __init__(
         self,
         forward: Forward,
-        gate: Gate,
+        gate: MeteredGate,
         pantry: Pantry,
         tokenizer: Tokenizer,
         defaults: GenerationDefaults,

@@ -59,6 +59,11 @@ class EnclaveModel:
     embedding: "EmbeddingTable"
     quantized_bytes: int = field(default=0)
 
+    @property
+    def public_linears(self) -> tuple[LentLinear, ...]:
+        """The linears whose weights an accelerator may be given."""
+        return tuple(linear for linear in self.linears if isinstance(linear, LentLinear))
+
 
 @runtime_checkable
 class EmbeddingTable(Protocol):

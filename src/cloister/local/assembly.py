@@ -3,16 +3,21 @@
 Guarantees: accelerators are given the public weights of lent products and no others.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from cloister.accelerator.api import Accelerator
 from cloister.arith.team import Team, usable_cores
+from cloister.audit.baselines.gate import BaselineGate, no_slices, open_baseline
+from cloister.audit.baselines.schemes import Shield, find_scheme
+from cloister.audit.baselines.slalom import SlalomGate, open_slalom
 from cloister.blinding.linear import LentLinear
 from cloister.blinding.mill import Mill
 from cloister.blinding.pads import PadSource
 from cloister.blinding.pantry import Pantry
+from cloister.enclave.engine import MeteredGate
 from cloister.enclave.forward import Forward
 from cloister.enclave.kvcache import PagedKVCache
 from cloister.enclave.outsource import Gate, Incident
@@ -20,8 +25,8 @@ from cloister.enclave.prepare import EnclaveModel
 from cloister.enclave.schedule import Schedule
 from cloister.errors import AcceleratorError
 from cloister.model.spec import ModelSpec
-from cloister.plan.plan import Plan
-from cloister.settings import Settings
+from cloister.plan.plan import InsecurePlan, Plan
+from cloister.settings import Prefill, Settings
 
 DEFAULT_CONTEXT: Final = 8192
 """Longest session when neither the settings nor the model ask for less."""
@@ -35,9 +40,16 @@ class Assembly:
     """The parts that run a model."""
 
     forward: Forward
-    gate: Gate
+    gate: MeteredGate
     pantry: Pantry
     mill: Mill | None
+
+    def stock(self, tokens: int) -> None:
+        """Makes pads for `tokens` rows ahead of time, where the policy uses any."""
+        if isinstance(self.gate, SlalomGate):
+            self.gate.stock(tokens)
+        else:
+            self.pantry.stock(tokens)
 
 
 def context_tokens(spec: ModelSpec, settings: Settings) -> int:
@@ -70,9 +82,16 @@ def register(
             on_progress(done, len(weights))
 
 
+def lent_products(plan: Plan | InsecurePlan) -> frozenset[str]:
+    """Returns the products for which accelerators outside this process are needed, by name."""
+    if isinstance(plan, InsecurePlan) or plan.policy == "slalom":
+        return frozenset()
+    return Schedule.of(plan).lent
+
+
 def assemble(
     model: EnclaveModel,
-    plan: Plan,
+    plan: Plan | InsecurePlan,
     settings: Settings,
     accelerators: Sequence[Accelerator],
     source: PadSource,
@@ -81,11 +100,20 @@ def assemble(
     on_stock: Callable[[int, int], None] | None = None,
     keep_stocked: bool = True,
 ) -> Assembly:
-    """Returns the engine's parts for a sound plan; `accelerators` hold the weights of what it lends.
+    """Returns the engine's parts for a plan; `accelerators` hold the weights of what it lends.
 
     `keep_stocked`: stock a few pads now (`on_stock` is told how far) and more whenever the engine is idle.
+    The comparisons (`slalom` and the insecure baselines) bring an accelerator of their own, inside this process.
     """
-    schedule, context = Schedule.of(plan), context_tokens(model.spec, settings)
+    spec, context = model.spec, context_tokens(model.spec, settings)
+    cache = PagedKVCache(spec.layers, spec.kv_heads, spec.head_dim, settings.cache.page_tokens, context)
+    if isinstance(plan, InsecurePlan) or plan.policy == "slalom":
+        compared = _comparison(model, plan, settings, source)
+        return Assembly(Forward(model, compared, cache), compared, Pantry((), 0, source), None)
+    if plan.policy == "secureinfer":  # its bulk products go out in prefill too, pads in stock or not
+        blinding = dataclasses.replace(settings.blinding, prefill=Prefill.BLINDED)
+        settings = dataclasses.replace(settings, blinding=blinding)
+    schedule = Schedule.of(plan)
     lent = schedule.lent if accelerators else frozenset()
     pantry = Pantry(model.linears, settings.blinding.pantry_bytes if lent else 0, source, lent=lent)
     mill = None
@@ -97,9 +125,24 @@ def assemble(
         model.linears, accelerators, pantry, settings,
         mill=mill, team=Team(usable_cores()), on_incident=on_incident, schedule=schedule,
     )  # fmt: skip
-    spec = model.spec
-    cache = PagedKVCache(spec.layers, spec.kv_heads, spec.head_dim, settings.cache.page_tokens, context)
     return Assembly(Forward(model, gate, cache, shape_hiding=settings.blinding.shape_hiding), gate, pantry, mill)
+
+
+def _comparison(
+    model: EnclaveModel, plan: Plan | InsecurePlan, settings: Settings, source: PadSource
+) -> BaselineGate | SlalomGate:
+    """Returns the gate of Slalom, or of an insecure baseline that the user consented to."""
+    team = Team(usable_cores())
+    if isinstance(plan, Plan):
+        return open_slalom(model.public_linears, team, source=source)
+    shielded: float | None = settings.plan.shielded_layers or None
+    if plan.policy == "shield-magnitude":
+        shielded = settings.plan.shielded_share
+    return open_baseline(
+        plan.policy, model.public_linears, model.spec.layers, team, plan.consent,
+        shielded=shielded if find_scheme(plan.policy).shield is not Shield.NOTHING else None,
+        delta=no_slices if plan.policy == "public-backbone" else None, source=source,
+    )  # fmt: skip
 
 
 def _first_stock(pantry: Pantry) -> int:

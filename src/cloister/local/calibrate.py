@@ -1,12 +1,11 @@
 """A short calibration: what each product of a model takes here, through the very code that runs it.
 
 Covers: products of one row (in the enclave, lent, plain) and of many, making pads, and a token's work without products.
-Products are timed inside real forward passes over weights that no cache holds (or all of the model, if it is smaller): the
-same product is twice as fast when its weight is still in a cache, and slower when threads have gone to sleep.
+Products are timed inside real forward passes, since the same product is twice as fast when its weight is still in a cache
+and slower when threads have gone to sleep. The caller sees to it that the model is larger than the caches if the real one is.
 Does not cover: load that comes later. A busy machine gives busy numbers.
 """
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,21 +15,24 @@ import numpy as np
 from jaxtyping import Float32
 
 from cloister.accelerator.api import Accelerator
-from cloister.arith.product import int8_product
 from cloister.arith.team import Team, usable_cores
+from cloister.audit.baselines.w8a8 import PlainGate
 from cloister.blinding.linear import LentLinear, Linear
 from cloister.blinding.pads import PadSource
 from cloister.blinding.pantry import Pantry
 from cloister.enclave.forward import Forward
 from cloister.enclave.kvcache import PagedKVCache
 from cloister.enclave.outsource import Gate
-from cloister.enclave.prepare import LINEARS_PER_LAYER, EnclaveModel
+from cloister.enclave.prepare import EnclaveModel
 from cloister.enclave.sampling import Sampler, SamplingSettings
 from cloister.plan.cost import Calibration, ProductRate
 from cloister.settings import AcceleratorSettings, BlindingSettings, Prefill, Settings
 
-PASSES: Final = 20
-"""Timed passes over the weights, after one to warm up."""
+SECONDS: Final = 0.7
+"""How long each kind of pass is timed, within the bounds below."""
+
+FEWEST, MOST = 12, 250
+"""Timed passes of a kind, after some to warm up: small models are over quickly and vary more."""
 
 PAD_ROWS: Final = 32
 """Pads made at once, as the mill makes them."""
@@ -38,11 +40,17 @@ PAD_ROWS: Final = 32
 PREFILL_ROWS: Final = 16
 """Rows of a product that stands for a prompt's."""
 
-MOST_WEIGHT_BYTES: Final = 768 * 2**20
-"""Weights of the layers that are timed: more than caches hold, few enough for seconds."""
+WARM_UP: Final = 3
+"""Passes before the clock counts."""
+
+PADS_BYTES: Final = 256 * 2**20
+"""Most memory of the pads that lent passes use up."""
 
 CONTEXTS: Final = (64, 512)
 """Tokens of context at which passes are timed; the second tells what attention adds."""
+
+Product = Callable[[int, np.ndarray, np.ndarray], None]
+"""Fills `out` with linear `index` of `x`: `(index, x, out)`."""
 
 Timing = tuple[float, float]
 """Wall-clock and CPU seconds of this process."""
@@ -52,42 +60,42 @@ def calibrate(
     model: EnclaveModel,
     start: Callable[[], Sequence[Accelerator]],
     source: PadSource,
+    layers: int,
     report: Callable[[int, int], None] | None = None,
 ) -> Calibration:
-    """Returns the rates of `model`; takes seconds.
+    """Returns the rates of a model of `layers` layers, of which `model` holds the first few; takes seconds.
 
     `start` returns the accelerators, holding the public weights; it is called when the enclave alone has been timed, since
     a worker changes how fast threads wake. Without accelerators, or for private weights, a lent product counts as one that
     is computed in the enclave.
     """
-    part = _first_layers(model)
-    share = model.spec.layers / part.spec.layers
-    lendable = [linear for linear in part.linears if isinstance(linear, LentLinear)]
+    share = layers / model.spec.layers
+    linears = model.public_linears
     with Team(usable_cores()) as team:
 
         def tick(done: int) -> None:
             if report is not None:
                 report(done, 7)
 
-        enclave = _Passes(part, lambda linear, x, out: linear.compute(x, out, team))
+        enclave = _Passes(model, lambda index, x, out: linears[index].compute(x, out, team))
         one, glue, glue_cpu = enclave.timed(1, CONTEXTS[0])
         tick(1)
         many, _, _ = enclave.timed(PREFILL_ROWS, 0)
         tick(2)
-        _, far, _ = enclave.timed(1, enclave.longest(CONTEXTS[1]))
+        _, far, _ = enclave.timed(1, CONTEXTS[1])
         slope = max(0.0, far - glue) / max(1, enclave.longest(CONTEXTS[1]) - CONTEXTS[0])
-        plain, _, _ = _Passes(part, lambda linear, x, out: _plain(linear, x, out, team)).timed(1, CONTEXTS[0])
+        plain, _, _ = _Passes(model, PlainGate(linears, team).linear).timed(1, CONTEXTS[0])
         tick(3)
-        late = _times(lendable, lambda linear: linear.make_pad(1, source, team))
-        batch = _times(lendable, lambda linear: linear.make_pad(PAD_ROWS, source))
+        late = _times(linears, lambda linear: linear.make_pad(1, source, team))
+        batch = _times(linears, lambda linear: linear.make_pad(PAD_ROWS, source))
         tick(4)
         accelerators = start()
-        lent = _lent(part, accelerators, source, 1, CONTEXTS[0])
+        lent = _lent(model, accelerators, source, 1, CONTEXTS[0])
         tick(5)
-        lent_many = _lent(part, accelerators, source, PREFILL_ROWS, 0)
+        lent_many = _lent(model, accelerators, source, PREFILL_ROWS, 0)
         tick(6)
     products = {}
-    for linear in {_kind(linear): linear for linear in part.linears}.values():
+    for linear in {_kind(linear): linear for linear in linears}.values():
         kind = _kind(linear)
         online, online_many = lent.get(kind) or one[kind], lent_many.get(kind) or many[kind]
         products[kind] = ProductRate(
@@ -95,8 +103,8 @@ def calibrate(
             enclave_cpu=_cpu(one[kind]),
             lent=_wall(online),
             lent_cpu=_cpu(online),
-            pad_cpu=_cpu(batch[kind]) / PAD_ROWS if kind in batch else 0.0,
-            pad_late=_wall(late[kind]) if kind in late else 0.0,
+            pad_cpu=_cpu(batch[kind]) / PAD_ROWS,
+            pad_late=_wall(late[kind]),
             plain=_wall(plain[kind]),
             enclave_row=_wall(many[kind]) / (1 if kind == "lm_head" else PREFILL_ROWS),
             lent_row=_wall(online_many) / (1 if kind == "lm_head" else PREFILL_ROWS),
@@ -108,18 +116,6 @@ def calibrate(
     return Calibration(products, share * glue, share * glue_cpu, share * slope, sampling, CONTEXTS[0])
 
 
-def _first_layers(model: EnclaveModel) -> EnclaveModel:
-    """Returns the model, or its first layers up to a limit of bytes, with the LM head."""
-    layers = model.spec.layers
-    block = sum(linear.matrix.nbytes for linear in model.linears[:LINEARS_PER_LAYER])
-    kept = max(1, min(layers, MOST_WEIGHT_BYTES // block))
-    if kept == layers:
-        return model
-    spec = dataclasses.replace(model.spec, layers=kept, windows=model.spec.windows[:kept])
-    linears = (*model.linears[: LINEARS_PER_LAYER * kept], model.linears[-1])
-    return dataclasses.replace(model, spec=spec, linears=linears, layers=model.layers[:kept])
-
-
 def _kind(linear: Linear) -> str:
     return linear.name.rpartition(".")[2]
 
@@ -127,7 +123,7 @@ def _kind(linear: Linear) -> str:
 class _Passes:
     """Forward passes in which every product is timed."""
 
-    def __init__(self, model: EnclaveModel, product: Callable[[Linear, np.ndarray, np.ndarray], None]) -> None:
+    def __init__(self, model: EnclaveModel, product: Product) -> None:
         spec = model.spec
         self._model = model
         self._gate = _TimedGate(model.linears, product)
@@ -135,35 +131,41 @@ class _Passes:
         self._forward = Forward(model, self._gate, self._cache)
 
     def longest(self, context: int) -> int:
-        """Returns `context`, or the longest that leaves room for the passes."""
-        return min(context, self._model.spec.max_positions - (PASSES + 2))
+        """Returns `context`, or the longest that leaves room for a token."""
+        return min(context, self._model.spec.max_positions - 1)
 
-    def timed(self, rows: int, context: int) -> tuple[dict[str, list[Timing]], float, float]:
+    def fill(self, context: int) -> int:
+        """Brings the cache to `context` tokens, unless it holds as many; returns how many it holds then."""
+        context = self.longest(context)
+        self._forward.truncate(context)
+        for start in range(self._forward.tokens, context, 128):
+            self._forward.run([0] * min(128, context - start))
+        return context
+
+    def timed(self, rows: int, context: int, most: int = MOST) -> tuple[dict[str, list[Timing]], float, float]:
         """Returns the times of products by kind, and the seconds and CPU of a pass without them."""
         forward, gate = self._forward, self._gate
-        forward.truncate(0)
-        for start in range(0, self.longest(context), 128):
-            forward.run([0] * min(128, context - start))
+        context = self.fill(context)
         rests: list[Timing] = []
-        gate.times = {}
-        for turn in range(PASSES + 1):
-            if rows > 1:
-                forward.truncate(0)
-            if turn == 1:
-                gate.times = {}
+        turns = -WARM_UP
+        until = 0.0
+        while turns < FEWEST or (turns < most and time.perf_counter() < until):
+            forward.truncate(0 if rows > 1 else context)
+            if turns == 0:
+                gate.times, rests = {}, []
+                until = time.perf_counter() + SECONDS
             gate.spent = (0.0, 0.0)
             wall, cpu = time.perf_counter(), time.process_time()
             forward.run([0] * rows)
-            rest = time.perf_counter() - wall - gate.spent[0], time.process_time() - cpu - gate.spent[1]
-            if turn:
-                rests.append(rest)
+            rests.append((time.perf_counter() - wall - gate.spent[0], time.process_time() - cpu - gate.spent[1]))
+            turns += 1
         return gate.times, _wall(rests), _cpu(rests)
 
 
 class _TimedGate:
     """Computes linears by a function and notes how long each took."""
 
-    def __init__(self, linears: Sequence[Linear], product: Callable[[Linear, np.ndarray, np.ndarray], None]) -> None:
+    def __init__(self, linears: Sequence[Linear], product: Product) -> None:
         self.linears = linears
         self.times: dict[str, list[Timing]] = {}
         self.spent: Timing = (0.0, 0.0)
@@ -181,52 +183,40 @@ class _TimedGate:
         lend: bool = True,
     ) -> None:
         """Fills `out` by the function."""
-        linear = self.linears[index]
         wall, cpu = time.perf_counter(), time.process_time()
-        self._product(linear, x, out)
+        self._product(index, x, out)
         taken = time.perf_counter() - wall, time.process_time() - cpu
-        self.times.setdefault(_kind(linear), []).append(taken)
+        self.times.setdefault(_kind(self.linears[index]), []).append(taken)
         self.spent = self.spent[0] + taken[0], self.spent[1] + taken[1]
-
-
-def _plain(linear: Linear, x: np.ndarray, out: np.ndarray, team: Team) -> None:
-    """Multiplies as an accelerator would in plain: int8 by int8; the values do not matter."""
-    rows = np.ones(x.shape, np.int8)
-    int8_product(linear.matrix, rows, np.empty((x.shape[0], linear.matrix.shape[0]), np.int32), team)
-    out.fill(1)
 
 
 def _lent(
     model: EnclaveModel, accelerators: Sequence[Accelerator], source: PadSource, rows: int, context: int
 ) -> dict[str, list[Timing]]:
     """Returns the times of lent products with pads in stock."""
-    lendable = [linear for linear in model.linears if isinstance(linear, LentLinear)]
-    if not accelerators or not lendable:
+    if not accelerators:
         return {}
-    passes = PASSES + 1
-    per_token = sum(linear.pad_bytes for linear in lendable)
+    per_token = sum(linear.pad_bytes for linear in model.public_linears)
+    passes = WARM_UP + max(FEWEST, min(MOST // rows, PADS_BYTES // (rows * per_token)))
     settings = Settings(
         blinding=BlindingSettings(prefill=Prefill.BLINDED, pantry_bytes=per_token * (rows * passes + 1)),
         accelerator=AcceleratorSettings(timeout_seconds=600.0),
     )
     pantry = Pantry(model.linears, settings.blinding.pantry_bytes, source)
     gate = Gate(model.linears, accelerators, pantry, settings)
-    index = {linear.name: number for number, linear in enumerate(model.linears)}
     filling = True
 
-    def lend(linear: Linear, x: np.ndarray, out: np.ndarray) -> None:
-        if filling or not isinstance(linear, LentLinear):
+    def lend(index: int, x: np.ndarray, out: np.ndarray) -> None:
+        if filling:
             out.fill(1)
         else:
-            gate.linear(index[linear.name], x, out)
+            gate.linear(index, x, out)
 
     made = _Passes(model, lend)
-    if context:
-        made.timed(1, context)
+    made.fill(context)
     pantry.stock(rows * passes)
     filling = False
-    times, _, _ = made.timed(rows, 0)
-    return {kind: taken for kind, taken in times.items() if any(_kind(linear) == kind for linear in lendable)}
+    return made.timed(rows, context, passes - WARM_UP)[0]
 
 
 def _times(linears: Sequence[LentLinear], action: Callable[[LentLinear], object]) -> dict[str, list[Timing]]:
@@ -245,7 +235,7 @@ def _sampling(vocab: int) -> float:
     sampler = Sampler(SamplingSettings(temperature=0.0), vocab, [])
     logits = np.random.default_rng(0).standard_normal(vocab, np.float32)
     times = []
-    for _ in range(PASSES):
+    for _ in range(MOST):
         started = time.perf_counter()
         sampler.sample(logits)
         times.append((time.perf_counter() - started, 0.0))

@@ -11,37 +11,26 @@ from functools import partial
 from pathlib import Path
 
 from cloister.accelerator.api import Accelerator
-from cloister.accelerator.remote import RemoteAccelerator
-from cloister.accelerator.shared import SharedMemoryAccelerator
 from cloister.arith.team import Team, usable_cores
 from cloister.audit.observer import Observer
 from cloister.audit.tamper import Tamper
-from cloister.blinding.linear import LentLinear
 from cloister.blinding.mill import Mill
 from cloister.blinding.pads import PadSource
 from cloister.enclave.engine import Engine
 from cloister.enclave.prepare import prepare
-from cloister.enclave.schedule import Schedule
 from cloister.enclave.session import Session, failure, report
-from cloister.errors import AcceleratorError, CloisterError, PlanError, WireError
-from cloister.local.assembly import assemble, register
+from cloister.errors import AcceleratorError, CloisterError, WireError
+from cloister.local.accelerators import open_accelerators
+from cloister.local.assembly import assemble, lent_products, register
 from cloister.model.directory import open_model
-from cloister.plan.plan import InsecurePlan
+from cloister.plan.plan import InsecurePlan, Plan
 from cloister.plan.planner import planned
-from cloister.settings import AcceleratorSettings, Settings, from_mapping
+from cloister.settings import Settings, from_mapping
 from cloister.wire.session import Event, Open, Progress, Ready, Rehearsal, SessionSocket, Sightings
 
+INSECURE = "INSECURE baseline {}: the accelerator sees what the threat profile calls secret"
+
 STAND_IN = "software stand-in (not a TEE: the host can read its memory)"
-
-
-def open_accelerators(settings: AcceleratorSettings) -> list[Accelerator]:
-    """Returns the configured accelerators: remote ones if there are addresses, else workers of this host."""
-    if settings.addresses:
-        return [RemoteAccelerator(address) for address in settings.addresses]
-    return [
-        SharedMemoryAccelerator.start(f"worker-{index}", settings.backend, settings.threads)
-        for index in range(settings.workers)
-    ]
 
 
 def rehearse(accelerators: Sequence[Accelerator], rehearsal: Rehearsal) -> tuple[list[Accelerator], Observer | None]:
@@ -90,21 +79,19 @@ class EnclaveProcess:
         directory = open_model(Path(request.model))
         spec = directory.spec
         plan = planned(spec, settings)
-        if isinstance(plan, InsecurePlan):
-            raise PlanError(f"The policy {plan.policy!r} does not run here.")
-        schedule = Schedule.of(plan)
-        if schedule.lent:  # they start up while the model is read
+        lent = lent_products(plan)
+        if lent:  # they start up while the model is read
             self._accelerators = open_accelerators(settings.accelerator)
         source = PadSource()
         model = prepare(
             directory.checkpoint, spec, settings.blinding, source, team=Team(usable_cores()),
             progress=lambda stage, done, total: self._session.send(Progress(stage, done, total, "weights")),
-            secret=plan.secret_groups,
+            secret=plan.secret_groups if isinstance(plan, Plan) else (),
         )  # fmt: skip
         directory.checkpoint.close()
         staged, observer = rehearse(self._accelerators, request.rehearsal)
-        lent = [linear for linear in model.linears if isinstance(linear, LentLinear) and linear.name in schedule.lent]
-        register(staged, lent, self._given_up, partial(self._progress, "registering", "weights"))
+        weights = [linear for linear in model.public_linears if linear.name in lent]
+        register(staged, weights, self._given_up, partial(self._progress, "registering", "weights"))
         parts = assemble(
             model, plan, settings, staged, source,
             on_incident=partial(report, self._session), on_stock=partial(self._progress, "stocking pads", "tokens"),
@@ -122,6 +109,9 @@ class EnclaveProcess:
                 has_chat_template=directory.tokenizer.has_chat_template,
                 accelerators=parts.gate.accelerators,
                 tee=STAND_IN,
+                policy=plan.policy,
+                plan=plan.digest(),
+                warning=INSECURE.format(plan.policy) if isinstance(plan, InsecurePlan) else "",
             )
         )
         return Session(self._session, engine, partial(sightings, observer) if observer is not None else None)

@@ -12,14 +12,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
 
 from cloister.errors import PlanError
+from cloister.plan.consent import InsecureConsent, require_consent
 from cloister.plan.labels import Asset, Placement, Secrecy, ThreatProfile
 from cloister.plan.operators import Kind, Operator
 from cloister.plan.soundness import require_sound, unsound
-
-_GIVEN_BY_USER: Final = object()
 
 
 class Phase(StrEnum):
@@ -42,33 +40,6 @@ class Assignment:
     def at(self, phase: Phase) -> Placement:
         """Returns the placement in `phase`."""
         return self.prefill if phase is Phase.PREFILL else self.decode
-
-
-class InsecureConsent:
-    """The user's word that a baseline may expose what it exposes; made by `consent` alone."""
-
-    __slots__ = ()
-
-    def __init__(self, maker: object) -> None:
-        if maker is not _GIVEN_BY_USER:
-            raise PlanError("Consent to an insecure baseline is given by the user alone.", remedy=_HOW)
-
-
-_HOW: Final = (
-    "Insecure baselines exist to be audited. If that is what you do, add --allow-insecure-baseline "
-    "(or plan.allow_insecure_baseline = true)."
-)
-
-
-def consent(policy: str, allowed: bool) -> InsecureConsent:
-    """Returns the user's consent to run `policy`, if `allowed`.
-
-    Raises:
-        PlanError: it is not allowed; the remedy names the option.
-    """
-    if not allowed:
-        raise PlanError(f"The policy {policy!r} is INSECURE: it exposes secrets to the accelerator.", remedy=_HOW)
-    return InsecureConsent(_GIVEN_BY_USER)
 
 
 @dataclass(frozen=True)
@@ -132,6 +103,10 @@ class InsecurePlan(_Placed):
     """A placement that exposes secrets on purpose: a baseline of the literature, for the audit."""
 
     consent: InsecureConsent = field(repr=False)
+
+    def __post_init__(self) -> None:
+        require_consent(self.policy, self.consent)
+        super().__post_init__()
 
     @property
     def exposed(self) -> Mapping[str, tuple[Asset, ...]]:

@@ -14,10 +14,11 @@ from typing import Final
 
 from cloister.errors import PlanError
 from cloister.model.spec import ModelSpec
+from cloister.plan.consent import InsecureConsent, require_consent
 from cloister.plan.cost import Calibration, Prediction, predict
 from cloister.plan.labels import Placement, Secrecy, ThreatProfile, threat_named
 from cloister.plan.operators import Kind, Operator, operators
-from cloister.plan.plan import Assignment, InsecureConsent, InsecurePlan, Plan, consent
+from cloister.plan.plan import Assignment, InsecurePlan, Plan
 from cloister.plan.policies import Policy, Question, policy_named
 from cloister.plan.rules import NO_RULES, Label, Rules, read_rules, secrecy_of
 from cloister.settings import Prefill, Settings
@@ -83,7 +84,11 @@ def plan(
             cannot be met.
     """
     budgets = budgets or Budgets()
-    agreed = consent(request.policy.name, request.allow_insecure_baseline) if request.policy.insecure else None
+    agreed = None
+    if request.policy.insecure:
+        allowed = request.allow_insecure_baseline
+        agreed = InsecureConsent(allow_insecure_baseline=True) if allowed is True else None
+        require_consent(request.policy.name, agreed)
     assignments = _place(request)
     if request.policy.name == "auto":
         if calibration is None:

@@ -67,6 +67,8 @@ class Policy:
     """Of an insecure policy: how the exposed secrets are recovered."""
     source: str = ""
     """The paper it comes from."""
+    own_arithmetic: bool = False
+    """Whether it multiplies in a way that calibration does not time: its speed is measured, not predicted."""
 
 
 def _blinded(question: Question) -> Placement:
@@ -151,6 +153,7 @@ _ALL: Final = (
     Policy(
         "slalom", "As blinded, with 8-bit activations in Slalom's 24-bit field: for comparison.", _UNIFORM, _blinded,
         source="Slalom (arXiv 1806.03287)",
+        own_arithmetic=True,
     ),
     Policy("enclave-only", "Everything is computed in the enclave.", "nothing: it is not used", _enclave),
     Policy(
@@ -182,6 +185,7 @@ _ALL: Final = (
         "every hidden state, all but the largest weights", _linears_plain,
         insecure=True, broken_by="hidden states are inverted; a public base fills the gaps",
         source="TEESlice's survey (2310.07152)",
+        own_arithmetic=True,
     ),
     Policy(
         "public-backbone", "A public base in plain, private low-rank slices in the enclave.",
@@ -193,6 +197,7 @@ _ALL: Final = (
         "permuted hidden states, permuted weights", _linears_plain,
         insecure=True, broken_by="ArrowMatch: rows are matched to a public base by direction",
         source="TransLinkGuard (2404.11121), ShadowNet (2011.05905)",
+        own_arithmetic=True,
     ),
 )  # fmt: skip
 

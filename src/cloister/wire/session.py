@@ -101,6 +101,11 @@ class Ready(_Message, frozen=True):
     has_chat_template: bool
     accelerators: tuple[str, ...]
     tee: str
+    policy: str
+    plan: str
+    """SHA-256 of the plan."""
+    warning: str = ""
+    """What every user of an insecure baseline must be told."""
 
 
 class Delta(_Message, frozen=True):

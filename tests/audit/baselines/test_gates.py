@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from cloister.arith.team import Team
-from cloister.audit.baselines.consent import FLAG, InsecureConsent
 from cloister.audit.baselines.exposure import ExposedAccelerator, ExposedWeight, ExposureObserver
 from cloister.audit.baselines.gate import BaselineGate, open_baseline
 from cloister.audit.baselines.products import MagnitudeProduct
@@ -16,7 +15,8 @@ from cloister.audit.baselines.schemes import SCHEMES
 from cloister.audit.baselines.w8a8 import PlainGate, plain_product, quantize_by_maximum, rescale
 from cloister.enclave.forward import LinearGate
 from cloister.enclave.prepare import EnclaveModel
-from cloister.errors import NonFiniteError, SettingsError
+from cloister.errors import NonFiniteError, PlanError, SettingsError
+from cloister.plan.consent import FLAG, InsecureConsent
 from tests.blinding.test_blinded_product import make_linear
 
 LogitsOf = Callable[[LinearGate], np.ndarray]
@@ -187,7 +187,7 @@ def test_private_slices_are_added_inside_and_are_not_shown(
 
 @pytest.mark.parametrize("given", [False, None, 1, "true", "True", FLAG, [True], np.True_])
 def test_only_a_plain_true_is_consent(given: object) -> None:
-    with pytest.raises(SettingsError, match=FLAG):
+    with pytest.raises(PlanError, match=FLAG):
         InsecureConsent(allow_insecure_baseline=given)
 
 
@@ -196,9 +196,9 @@ def test_without_consent_nothing_is_opened_and_nothing_is_seen(name: str, model:
     observer = ExposureObserver()
     forged = object.__new__(InsecureConsent)
     for consent in (None, forged):
-        with pytest.raises(SettingsError, match=FLAG):
+        with pytest.raises(PlanError, match=FLAG):
             open_baseline(name, model.linears, LAYERS, team, consent, observer=observer)
-        with pytest.raises(SettingsError, match=FLAG):
+        with pytest.raises(PlanError, match=FLAG):
             ExposedAccelerator(consent, team, observer)
     assert (observer.operators, observer.products) == (frozenset(), 0)
 

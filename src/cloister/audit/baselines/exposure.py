@@ -16,7 +16,7 @@ from jaxtyping import Float32, Int, Int8, Int32
 
 from cloister.arith.product import int8_product
 from cloister.arith.team import Team
-from cloister.audit.baselines.consent import InsecureConsent, require_consent
+from cloister.plan.consent import InsecureConsent, require_consent
 
 DEFAULT_MEMORY_BYTES: Final = 32 * 2**20
 """How many bytes of rows an observer remembers before it drops the oldest."""

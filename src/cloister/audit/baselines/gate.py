@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Float32
 
 from cloister.arith.team import Team
-from cloister.audit.baselines.consent import InsecureConsent, require_consent
 from cloister.audit.baselines.exposure import ExposedAccelerator, ExposureObserver
 from cloister.audit.baselines.products import (
     EnclaveProduct,
@@ -28,9 +27,14 @@ from cloister.blinding.pads import PadSource
 from cloister.enclave.outsource import GateCounters
 from cloister.enclave.prepare import LINEARS_PER_LAYER
 from cloister.errors import SettingsError
+from cloister.plan.consent import InsecureConsent, require_consent
 
 Delta = Callable[[int, np.ndarray, np.ndarray], None]
 """Adds the private part of linear `index` to `out`, in the enclave: `(index, x [tokens, d_in], out [tokens, d_out])`."""
+
+
+def no_slices(index: int, x: np.ndarray, out: np.ndarray) -> None:
+    """The private part of a model that has none."""
 
 
 class BaselineGate:

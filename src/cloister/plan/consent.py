@@ -6,7 +6,7 @@ makes one: not 1, not a string, not a default, not a setting that was mistyped.
 
 from typing import Final
 
-from cloister.errors import SettingsError
+from cloister.errors import PlanError
 
 FLAG: Final = "--allow-insecure-baseline"
 """What a person must type."""
@@ -21,20 +21,20 @@ class InsecureConsent:
         """Makes the consent.
 
         Raises:
-            SettingsError: `allow_insecure_baseline` is anything but True; the error names the flag.
+            PlanError: `allow_insecure_baseline` is anything but True; the error names the flag.
         """
         if allow_insecure_baseline is not True:
-            raise _refusal("This baseline is insecure: it shows the accelerator activations in the clear.")
+            raise _refusal("This baseline is INSECURE: it shows the accelerator secrets in the clear.")
         self._given = True
 
 
 def require_consent(name: str, consent: object) -> None:
-    """Raises `SettingsError` naming the flag, unless `consent` is an `InsecureConsent`."""
+    """Raises `PlanError` naming the flag, unless `consent` is an `InsecureConsent`."""
     if type(consent) is not InsecureConsent or getattr(consent, "_given", None) is not True:
-        raise _refusal(f"The baseline {name} is insecure: it shows the accelerator activations in the clear.")
+        raise _refusal(f"The baseline {name} is INSECURE: it shows the accelerator secrets in the clear.")
 
 
-def _refusal(message: str) -> SettingsError:
-    return SettingsError(
+def _refusal(message: str) -> PlanError:
+    return PlanError(
         message, remedy=f"It exists for audits. Use the policy blinded, or say {FLAG} if exposure is what you study."
     )
