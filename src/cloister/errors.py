@@ -6,7 +6,8 @@ CloisterError                      everything this package raises on purpose
 ├── ModelError                     a model directory cannot be used
 │   ├── CheckpointError            a weight file is missing, truncated, hostile or of the wrong shape
 │   ├── UnsupportedModelError      an architecture or option that is not implemented
-│   └── TokenizerError             a tokenizer or chat template is absent or unusable
+│   ├── TokenizerError             a tokenizer or chat template is absent or unusable
+│   └── AdapterError               a LoRA adapter cannot be used, or belongs to another base
 ├── BlindingError                  the protocol of the blinded linear was about to be broken
 │   ├── PadReuseError              a one-time pad was used twice
 │   ├── PantryEmptyError           no pad is left and the policy forbids waiting
@@ -61,6 +62,10 @@ class UnsupportedModelError(ModelError):
 
 class TokenizerError(ModelError):
     """A tokenizer or chat template is absent or unusable."""
+
+
+class AdapterError(ModelError):
+    """A LoRA adapter cannot be used, or belongs to another base."""
 
 
 class BlindingError(CloisterError):

@@ -78,7 +78,7 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Float32[np.ndarray, "*shape"]:
         """Returns a private float32 copy of a tensor; exact for every stored type."""
-        return _widen(self._find(name).view())
+        return widen(self._find(name).view())
 
     def rows(self, name: str, start: int, stop: int) -> Float32[np.ndarray, "rows columns"]:
         """Returns a private float32 copy of the rows from `start` up to `stop` of a matrix.
@@ -89,7 +89,7 @@ class Checkpoint:
         stored = self._find(name)
         if len(stored.shape) != 2 or not 0 <= start <= stop <= stored.shape[0]:
             raise CheckpointError(f"{stored.path}: {name} of shape {stored.shape} has no rows {start} to {stop}.")
-        return _widen(stored.view()[start:stop])
+        return widen(stored.view()[start:stop])
 
     def release(self) -> None:
         """Lets the kernel take back the pages read so far, so that reading a large file costs no memory."""
@@ -231,7 +231,8 @@ def _without_safetensors(directory: Path) -> CheckpointError:
     return CheckpointError(f"{directory} has neither {_SINGLE} nor {_INDEX}.", remedy="Fetch the weights.")
 
 
-def _widen(values: np.ndarray) -> Float32[np.ndarray, "*shape"]:
+def widen(values: np.ndarray) -> Float32[np.ndarray, "*shape"]:
+    """Returns stored values in float32, exactly: uint16 holds bfloat16 bits."""
     if values.dtype == np.uint16:
         bits = values.astype(np.uint32)
         bits <<= 16  # in place: a second array as large would double the peak

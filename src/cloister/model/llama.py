@@ -5,13 +5,15 @@ This is the oracle. It knows nothing of blinding, enclaves or speed; everything 
     tokens -> embedding -> [ norm -> attention -> + -> norm -> SwiGLU -> + ] x layers -> norm -> LM head -> logits
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
 
 from cloister.errors import RequestError
-from cloister.model.checkpoint import Checkpoint, expected_tensors
+from cloister.model.checkpoint import expected_tensors
 from cloister.model.rope import RotaryEmbedding
 from cloister.model.spec import ModelSpec
 
@@ -29,12 +31,43 @@ class KVCache:
         return self.keys[-1].shape[0] if self.keys else 0
 
 
-class Llama:
-    """A Llama-family model with float32 weights in memory."""
+@runtime_checkable
+class TensorSource(Protocol):
+    """Where weights come from: a `Checkpoint`, or one with an adapter merged into it."""
 
-    def __init__(self, spec: ModelSpec, checkpoint: Checkpoint) -> None:
+    def tensor(self, name: str) -> Float32[np.ndarray, "*shape"]:
+        """Returns a tensor in float32."""
+        ...
+
+
+class _Streamed(Mapping[str, np.ndarray]):
+    """Tensors that are read each time they are asked for, and not kept."""
+
+    def __init__(self, source: TensorSource, names: Mapping[str, tuple[int, ...]]) -> None:
+        self._source = source
+        self._names = names
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._source.tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Llama:
+    """A Llama-family model with float32 weights in memory; `streamed`, with one of them at a time."""
+
+    def __init__(self, spec: ModelSpec, source: TensorSource, *, streamed: bool = False) -> None:
         self.spec = spec
-        self._weights = {name: checkpoint.tensor(name) for name in expected_tensors(spec)}
+        names = expected_tensors(spec)
+        self._weights: Mapping[str, np.ndarray] = (
+            _Streamed(source, names) if streamed else {name: source.tensor(name) for name in names}
+        )
         self._rotary = RotaryEmbedding(spec.rope, spec.head_dim)
 
     def forward(self, tokens: list[int], cache: KVCache | None = None) -> Float32[np.ndarray, "tokens vocab"]:

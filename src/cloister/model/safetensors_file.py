@@ -109,6 +109,15 @@ def read_header(path: Path, data: mmap.mmap) -> dict[str, StoredTensor]:
     return tensors
 
 
+def read_metadata(path: Path, data: mmap.mmap) -> dict[str, str]:
+    """Returns what the writer of a mapped file noted in its header, whose form `read_header` has checked."""
+    try:
+        header: dict[str, Any] = parse_object(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return msgspec.convert(header.get("__metadata__") or {}, dict[str, str])
+    except ValueError as error:
+        raise _damaged(path, f"in its header, {error}") from error
+
+
 def _entries(path: Path, header: bytes) -> dict[str, _Entry]:
     try:
         values: dict[str, Any] = parse_object(header)
