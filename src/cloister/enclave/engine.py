@@ -1,14 +1,15 @@
 """The engine: a prompt goes in, checked tokens come out, one sequence at a time.
 
 Covers: tokenising, prefill in pieces, decoding, sampling, streaming text, stop conditions, reuse of the KV cache between
-the turns of a chat.
+the turns of a chat, the choice of an adapter per request (keys and values of one are never used by another).
 Guarantees: every product behind a token was computed here or checked before the next layer used it, so no token, text or
 log-probability that left depends on an unverified answer. A cancelled or failed request keeps the engine usable.
 Does not cover: which process this is (`local.enclave_process`) or who asks (`enclave.session`).
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -19,6 +20,7 @@ from cloister.blinding.pantry import Pantry
 from cloister.enclave.detokenise import StreamDecoder
 from cloister.enclave.forward import Forward, LinearGate
 from cloister.enclave.outsource import GateCounters
+from cloister.enclave.prepare import EnclaveModel
 from cloister.enclave.sampling import Sampled, Sampler, SamplingSettings
 from cloister.enclave.stopping import StopDetector
 from cloister.errors import GenerationCancelled, RequestError
@@ -50,8 +52,18 @@ class MeteredGate(LinearGate, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Voice:
+    """What answers a request: the base model or an adapter, with the tokenizer and the defaults that it was trained with."""
+
+    model: EnclaveModel
+    gate: LinearGate
+    tokenizer: Tokenizer
+    defaults: GenerationDefaults
+
+
 class Engine:
-    """Generates text with one model."""
+    """Generates text with one model, and with adapters of it."""
 
     def __init__(
         self,
@@ -62,14 +74,20 @@ class Engine:
         defaults: GenerationDefaults,
         *,
         mill: Mill | None = None,
+        adapters: Mapping[str, Voice] | None = None,
     ) -> None:
         self.forward = forward
         self._gate = gate
         self._pantry = pantry
-        self.tokenizer = tokenizer
-        self._defaults = defaults
+        self._voices = {"": Voice(forward.model, gate, tokenizer, defaults), **(adapters or {})}
+        self._voice = ""
         self._mill = mill
         self.cached: list[int] = []  # tokens whose keys and values are in the cache
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the model or adapter in use."""
+        return self._voices[self._voice].tokenizer
 
     def generate(
         self, request: Generate, check_cancelled: Callable[[], None], finish: Callable[[Finished], None]
@@ -82,8 +100,10 @@ class Engine:
             RequestError: the request is invalid, or longer than the context.
             AcceleratorError: the accelerators failed and the settings say to stop.
         """
-        tokens = self._encode(request)
-        settings = self._sampling(request.sampling, len(tokens))
+        voice = self._find(request.adapter)
+        tokens = self._encode(request, voice.tokenizer)
+        settings = self._sampling(request.sampling, len(tokens), voice.defaults)
+        self._use(request.adapter)
         run = _Run(self, tokens, settings, check_cancelled)
         if self._mill is None:
             yield from run.deltas(finish)
@@ -111,14 +131,28 @@ class Engine:
             accelerators=self._gate.accelerators,
         )
 
-    def _encode(self, request: Generate) -> list[int]:
+    def _find(self, adapter: str) -> Voice:
+        if adapter not in self._voices:
+            names = ", ".join(name for name in self._voices if name) or "none"
+            raise RequestError(f"There is no adapter {adapter[:100]!r}.", remedy=f"Loaded: {names}.")
+        return self._voices[adapter]
+
+    def _use(self, adapter: str) -> None:
+        """Makes later passes those of `adapter`; what another computed leaves the cache."""
+        if adapter != self._voice:
+            self.cached.clear()
+            voice = self._voices[adapter]
+            self.forward.use(voice.model, voice.gate)
+            self._voice = adapter
+
+    def _encode(self, request: Generate, tokenizer: Tokenizer) -> list[int]:
         if (request.prompt is None) == (request.chat is None):
             raise RequestError("A request needs a prompt or a chat, not both.")
         if request.prompt is not None:
-            tokens = self.tokenizer.encode(request.prompt)
+            tokens = tokenizer.encode(request.prompt)
         else:
             turns = [{"role": turn.role, "content": turn.content} for turn in request.chat or ()]
-            tokens = self.tokenizer.encode_chat(turns)
+            tokens = tokenizer.encode_chat(turns)
         if not tokens:
             raise RequestError("The prompt is empty.", remedy="Give at least one word.")
         if max(tokens) >= self.forward.vocab_size:
@@ -134,9 +168,8 @@ class Engine:
             )
         return tokens
 
-    def _sampling(self, asked: Sampling, prompt_tokens: int) -> SamplingSettings:
+    def _sampling(self, asked: Sampling, prompt_tokens: int, defaults: GenerationDefaults) -> SamplingSettings:
         """Returns the request's choices, completed by the model's defaults and bounded by the context."""
-        defaults = self._defaults
         room = self.forward.max_context - prompt_tokens
         wanted = asked.max_new_tokens or defaults.max_new_tokens or DEFAULT_NEW_TOKENS
         base = SamplingSettings()

@@ -63,8 +63,13 @@ class Forward:
         self._sequence = cache.sequence()
         self._rotary = RotaryEmbedding(model.spec.rope, model.spec.head_dim)
         self._bucket = shape_hiding
-        self._norms = [_stack(layer.query_norm, layer.key_norm) for layer in model.layers]
+        self._norms = _head_norms(model)
         self._epsilon = np.float32(model.spec.norm_epsilon)
+
+    @property
+    def model(self) -> EnclaveModel:
+        """The model whose norms and embedding are in use."""
+        return self._model
 
     @property
     def vocab_size(self) -> int:
@@ -80,6 +85,14 @@ class Forward:
     def tokens(self) -> int:
         """How many tokens the cache holds."""
         return self._sequence.tokens
+
+    def use(self, model: EnclaveModel, gate: LinearGate) -> None:
+        """Computes with the norms and the embedding of `model` and the products of `gate` from now on; forgets all tokens.
+
+        How an adapter is chosen: `model` is the same base with other small parts.
+        """
+        self._cache.truncate(self._sequence, 0)
+        self._model, self._gate, self._norms = model, gate, _head_norms(model)
 
     def truncate(self, tokens: int) -> None:
         """Forgets all but the first `tokens` tokens."""
@@ -164,7 +177,5 @@ class Forward:
         return np.concatenate([np.array([first], np.int32), sequence.table[: sequence.pages]])
 
 
-def _stack(
-    query_norm: Float32[np.ndarray, " dim"], key_norm: Float32[np.ndarray, " dim"]
-) -> Float32[np.ndarray, "2 dim"]:
-    return np.stack([query_norm, key_norm])
+def _head_norms(model: EnclaveModel) -> list[Float32[np.ndarray, "2 dim"]]:
+    return [np.stack([layer.query_norm, layer.key_norm]) for layer in model.layers]

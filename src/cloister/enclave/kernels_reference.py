@@ -1,7 +1,7 @@
 """The slow, obvious twins of `enclave.kernels`, in NumPy."""
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 
 from cloister.model.llama import attend
 
@@ -39,3 +39,19 @@ def attention(
 ) -> Float32[np.ndarray, "tokens width"]:
     """Returns causal grouped-query attention, heads side by side."""
     return attend(query, keys, values, window or None).reshape(query.shape[0], -1)
+
+
+def add_low_rank(
+    x: Float32[np.ndarray, "tokens d_in"],
+    a: Float32[np.ndarray, "rank d_in"],
+    b: Float32[np.ndarray, " weights"],
+    parts: Int64[np.ndarray, "parts 5"],
+    out: Float32[np.ndarray, "tokens d_out"],
+) -> Float32[np.ndarray, "tokens d_out"]:
+    """Returns `out` with each part's low-rank product added (Hu et al. 2021)."""
+    result = out.copy()
+    for k_first, k_stop, first, last, offset in parts:
+        shape = (k_stop - k_first, last - first)
+        transposed = b[offset : offset + shape[0] * shape[1]].reshape(shape)
+        result[:, first:last] += x @ a[k_first:k_stop].T @ transposed
+    return result

@@ -21,7 +21,7 @@ from cloister.blinding.linear import LentLinear, Linear, PrivateLinear
 from cloister.blinding.pads import PadSource
 from cloister.blinding.quantize import Reach, quantize_rows
 from cloister.errors import CheckpointError
-from cloister.model.checkpoint import Checkpoint
+from cloister.model.checkpoint import Checkpoint, widen
 from cloister.model.spec import ModelSpec
 from cloister.settings import BlindingSettings, Weights
 from cloister.wire.messages import PublicWeight, weight_hash
@@ -77,16 +77,25 @@ class EmbeddingTable(Protocol):
 class Embedding:
     """The embedding table, kept in the enclave in the checkpoint's own precision."""
 
-    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
-        self._table = checkpoint.raw(name)
+    def __init__(self, table: np.ndarray) -> None:
+        """`table`: `[vocab, hidden]` as stored: float32, float16, or uint16 for bfloat16 bits."""
+        self._table = table
         self.nbytes = self._table.nbytes
 
     def rows(self, tokens: list[int]) -> Float32[np.ndarray, "tokens hidden"]:
         """Returns the embeddings of `tokens`."""
-        picked = self._table[np.asarray(tokens, np.int64)]
-        if picked.dtype == np.uint16:  # bfloat16 bits
-            return (picked.astype(np.uint32) << 16).view(np.float32)
-        return picked.astype(np.float32)
+        return widen(self._table[np.asarray(tokens, np.int64)])
+
+
+def product_parts(spec: ModelSpec) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yields the name of each product and the modules that it stacks: those that read the same input."""
+    for index in range(spec.layers):
+        attention, mlp = f"model.layers.{index}.self_attn.", f"model.layers.{index}.mlp."
+        yield f"layers.{index}.qkv", tuple(f"{attention}{part}_proj" for part in "qkv")
+        yield f"layers.{index}.o", (f"{attention}o_proj",)
+        yield f"layers.{index}.gate_up", (f"{mlp}gate_proj", f"{mlp}up_proj")
+        yield f"layers.{index}.down", (f"{mlp}down_proj",)
+    yield "lm_head", ("model.embed_tokens" if spec.tied_embeddings else "lm_head",)
 
 
 def prepare(
@@ -110,7 +119,7 @@ def prepare(
     linears = tuple(builder.linears())
     layers = tuple(builder.layer(index) for index in range(spec.layers))
     final_norm = checkpoint.tensor("model.norm.weight")
-    embedding = Embedding(checkpoint, "model.embed_tokens.weight")
+    embedding = Embedding(checkpoint.raw("model.embed_tokens.weight"))
     checkpoint.release()
     size = sum(linear.matrix.nbytes for linear in linears) + embedding.nbytes
     return EnclaveModel(spec, linears, layers, final_norm, embedding, size)
@@ -136,10 +145,10 @@ class _Builder:
         self._progress = progress
         self._secret = secret
         self._done = 0
-        self._total = sum(self._weights_in(parts) for _, parts in self._groups())
+        self._total = sum(self._weights_in(parts) for _, parts in product_parts(self._spec))
 
     def linears(self) -> Iterator[Linear]:
-        for name, parts in self._groups():
+        for name, parts in product_parts(self._spec):
             yield self._linear(name, parts)
 
     def layer(self, index: int) -> LayerWeights:
@@ -152,16 +161,6 @@ class _Builder:
             query_norm=tensor(f"{prefix}self_attn.q_norm.weight") if self._spec.qk_norm else empty,
             key_norm=tensor(f"{prefix}self_attn.k_norm.weight") if self._spec.qk_norm else empty,
         )
-
-    def _groups(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Yields the name of each product and the tensors that it stacks: those that read the same input."""
-        for index in range(self._spec.layers):
-            attention, mlp = f"model.layers.{index}.self_attn.", f"model.layers.{index}.mlp."
-            yield f"layers.{index}.qkv", tuple(f"{attention}{part}_proj" for part in "qkv")
-            yield f"layers.{index}.o", (f"{attention}o_proj",)
-            yield f"layers.{index}.gate_up", (f"{mlp}gate_proj", f"{mlp}up_proj")
-            yield f"layers.{index}.down", (f"{mlp}down_proj",)
-        yield "lm_head", ("model.embed_tokens" if self._spec.tied_embeddings else "lm_head",)
 
     def _weights_in(self, parts: tuple[str, ...]) -> int:
         shapes = [self._checkpoint.shape(f"{part}.weight") for part in parts]

@@ -55,19 +55,24 @@ class Rehearsal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class Open(_Message, frozen=True):
-    """Loads a model directory with settings (nested, as in a settings file)."""
+    """Loads a model directory with settings (nested, as in a settings file), and adapters: directories by name."""
 
     model: str
     settings: dict[str, dict[str, object]] = {}
     rehearsal: Rehearsal = Rehearsal()
+    adapters: dict[str, str] = {}
 
 
 class Generate(_Message, frozen=True):
-    """Asks for a continuation of `prompt`, or for the answer to a chat; exactly one of the two is given."""
+    """Asks for a continuation of `prompt`, or for the answer to a chat; exactly one of the two is given.
+
+    `adapter`: the name of the adapter that answers; empty for the base model.
+    """
 
     sampling: Sampling
     prompt: str | None = None
     chat: tuple[Turn, ...] | None = None
+    adapter: str = ""
 
 
 class Cancel(_Message, frozen=True):
@@ -91,6 +96,20 @@ class Progress(_Message, frozen=True):
     unit: str
 
 
+class AdapterInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An adapter that is loaded: its size, and how much of the model it changes."""
+
+    name: str
+    parameters: int
+    memory_bytes: int
+    products: int
+    """Modules with a low-rank product."""
+    largest_rank: int
+    replaced: int
+    """Tensors that take the place of the base's."""
+    has_chat_template: bool
+
+
 class Ready(_Message, frozen=True):
     """The model is loaded."""
 
@@ -106,6 +125,7 @@ class Ready(_Message, frozen=True):
     """SHA-256 of the plan."""
     warning: str = ""
     """What every user of an insecure baseline must be told."""
+    adapters: tuple[AdapterInfo, ...] = ()
 
 
 class Delta(_Message, frozen=True):
