@@ -76,15 +76,25 @@ class Subject:
     def _planned(self, spec: "ModelSpec", calibration: "Calibration | None") -> "Plan | InsecurePlan":
         from cloister.plan.planner import planned
 
-        rank = 0
-        if self.adapters:
-            from cloister.model.adapters import largest_rank
-
-            rank = max(largest_rank(path) for path in self.adapters)
+        rank = max((self._rank(path) for path in self.adapters), default=0)
         budgets = self.budgets if calibration is not None else None
         return planned(
             spec, self.settings, adapter_rank=rank, calibration=calibration, budgets=budgets, objective=self.objective
         )
+
+    def _rank(self, adapter: Path) -> int:
+        """Returns the largest rank of an adapter, which must fit the model."""
+        from cloister.model.adapters import open_adapter
+        from cloister.model.directory import open_model
+
+        if self.folder is None:
+            raise PlanError("An adapter needs the model that it was made for.", remedy="Give the folder of the model.")
+        directory = open_model(self.folder)
+        try:
+            opened = open_adapter(adapter.name, adapter, directory.spec, directory.checkpoint)
+            return max(opened.ranks.values(), default=0)
+        finally:
+            directory.checkpoint.close()
 
     def _calibration(self, spec: "ModelSpec") -> "Calibration":
         from cloister.local.workbench import Workbench
