@@ -14,6 +14,7 @@ and Friedman, sections 3.4 and 4.3).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
@@ -106,9 +107,8 @@ class TokenProbe:
         features = _features(rows)[:, :-1].astype(np.float64)
         kinds, kind = np.unique(tokens, return_inverse=True)
         counts = np.bincount(kind)
-        means = np.zeros((len(kinds), features.shape[1]))
-        np.add.at(means, kind, features)
-        means /= counts[:, None]
+        order = np.argsort(kind, kind="stable")
+        means = np.add.reduceat(features[order], np.cumsum(counts) - counts, axis=0) / counts[:, None]
         rest = features - means[kind]
         slopes = np.linalg.solve(_ridged(rest.T @ rest / len(tokens), penalty), means.T)
         offsets = np.log(counts / len(tokens)) - 0.5 * (means.T * slopes).sum(axis=0)
@@ -152,6 +152,16 @@ class Dictionary:
     inputs: Float32[np.ndarray, "vocab hidden"] = field(repr=False)
     """What each token puts before the first layer: the norm of its embedding."""
 
+    @cached_property
+    def by_embedding(self) -> VocabularySearch:
+        """The search for the token with the nearest embedding."""
+        return VocabularySearch.over(self.embeddings)
+
+    @cached_property
+    def by_input(self) -> VocabularySearch:
+        """The search for the token that puts the nearest row before the first layer."""
+        return VocabularySearch.over(self.inputs)
+
 
 def attack_rows(
     known: tuple[Shaped[np.ndarray, "known d_in"], Sequence[int]],
@@ -186,10 +196,9 @@ def _best_attack(
 ) -> Attack:
     count = max(1, len(tokens) // HELD_OUT)
     train, choose = slice(0, len(tokens) - count), slice(len(tokens) - count, len(tokens))
-    search = VocabularySearch.over(dictionary.embeddings)
-    attacks: list[Attack] = [VocabularySearch.over(dictionary.inputs)] if first_layer else []
+    attacks: list[Attack] = [dictionary.by_input] if first_layer else []
     for penalty in PENALTIES:
-        attacks.append(EmbeddingProbe.fit(rows[train], tokens[train], search, penalty))
+        attacks.append(EmbeddingProbe.fit(rows[train], tokens[train], dictionary.by_embedding, penalty))
         attacks.append(TokenProbe.fit(rows[train], tokens[train], penalty))
     return max(attacks, key=lambda attack: int((attack.guess(rows[choose]) == tokens[choose]).sum()))
 

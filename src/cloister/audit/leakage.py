@@ -50,6 +50,9 @@ from cloister.settings import BlindingSettings, Prefill, Settings
 PADDED: Final = ("blinded", "slalom")
 """Policies under which every row that the accelerator sees is under a one-time pad."""
 
+PUBLIC: Final = (*PADDED, "public-backbone")
+"""Policies that lend public weights only; what is private about the model is computed inside."""
+
 POLICIES: Final = ("enclave-only", *PADDED, *SCHEMES)
 """Every policy that can be measured."""
 
@@ -84,7 +87,7 @@ class OperatorLeakage:
     prompt: PromptRecovery | None
     """What the attack read from those rows; None if it saw none."""
     weights: WeightRecovery | None
-    """What it knows of a private change to the weight; None if it has nothing of the weight."""
+    """What it knows of a change that makes the lent weight differ from a public base; None if it has nothing of it."""
 
     @property
     def bits_per_token(self) -> float:
@@ -93,7 +96,7 @@ class OperatorLeakage:
 
     @property
     def weights_known(self) -> float:
-        """Share of a private change to this weight that it knows; 1 for a weight in the clear, 0 for one it has not."""
+        """Share of this weight's change that it knows: 1 for a weight in the clear, 0 for one that it has not."""
         return self.weights.known if self.weights else 0.0
 
 
@@ -104,6 +107,8 @@ class Leakage:
     policy: str
     padded: bool
     """Whether rows are under one-time pads (then 0 bits is a theorem, and the attack a test of the code)."""
+    public_weights: bool
+    """Whether the weights that it is given are public by the policy's own rule, so that to know them is no loss."""
     operators: tuple[OperatorLeakage, ...]
     """In the order of use: four a layer, the LM head last."""
     known_tokens: int
@@ -113,16 +118,20 @@ class Leakage:
 
     @property
     def worst(self) -> OperatorLeakage:
-        """The operator that tells most about the prompt (the first of equals)."""
-        return max(self.operators, key=lambda operator: (operator.bits_per_token, -self.operators.index(operator)))
+        """The operator that tells most about the prompt: by bits, then by tokens read; the first of equals."""
+
+        def told(operator: OperatorLeakage) -> tuple[float, float]:
+            return operator.bits_per_token, operator.prompt.tokens.rate if operator.prompt else 0.0
+
+        return max(self.operators, key=told)
 
     @property
     def weights_known(self) -> float:
-        """Share of the private change to all weights that is known, each linear counted alike."""
+        """Share of the change to all weights that is known, each linear counted alike."""
         return sum(operator.weights_known for operator in self.operators) / len(self.operators)
 
 
-def measure_leakage(
+def measure_leakage(  # noqa: PLR0913 (one call, each argument by name)
     policy: str,
     directory: Path | None = None,
     text: str | None = None,
@@ -164,6 +173,7 @@ def measure_leakage(
     return Leakage(
         policy,
         policy in PADDED,
+        policy in PUBLIC,
         tuple(operators),
         report.known_tokens,
         report.attacked_tokens,

@@ -59,7 +59,7 @@ def binomial_tail(successes: int, trials: int, rate: float) -> float:
     if successes <= 0:
         return 1.0
     if rate <= 0.0 or rate >= 1.0:
-        return float(rate >= 1.0)
+        return float(rate >= 1.0 and successes <= trials)
     counts = np.arange(trials + 1)
     factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, trials + 1)))])
     logs = factorials[trials] - factorials[counts] - factorials[trials - counts]

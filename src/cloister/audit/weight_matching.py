@@ -54,12 +54,13 @@ def true_weight(linear: LentLinear) -> Weight:
 
 
 def score(estimate: Weight, truth: Weight, base: Weight) -> WeightRecovery:
-    """Returns how much closer `estimate` is to `truth` than the public `base` is."""
-    error = ((estimate - truth).astype(np.float64) ** 2).sum(axis=1)
+    """Returns how much closer `estimate` is to `truth` than the public `base` is; rounding does not count as error."""
+    rounding = 1e-10 * (truth.astype(np.float64) ** 2).sum(axis=1)
+    error = np.maximum(0.0, ((estimate - truth).astype(np.float64) ** 2).sum(axis=1) - rounding)
     distance = ((base - truth).astype(np.float64) ** 2).sum(axis=1)
     recovered = int((error <= RECOVERED**2 * distance).sum())
     total = float(distance.sum())
-    known = 1.0 - float(error.sum()) / total if total > 0 else 1.0
+    known = 1.0 - float(error.sum()) / total if total > 0 else float(not error.any())
     return WeightRecovery(Proportion(recovered, truth.shape[0]), min(1.0, max(0.0, known)))
 
 

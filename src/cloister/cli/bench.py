@@ -95,6 +95,26 @@ def startup(smoke: SmokeOption = False, out: OutOption = Path("bench/results")) 
     record.show(stdout())
 
 
+@app.command("leakage")
+def leakage(
+    model: Annotated[str, typer.Option("--model", help="demo, or the folder of a model.")] = "demo",
+    text: Annotated[
+        Path | None, typer.Option("--text", help="What is read; the last third is attacked. Default: the shipped text.")
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="One policy, operator by operator, instead of all.")
+    ] = None,
+    smoke: SmokeOption = False,
+    out: OutOption = Path("bench/results"),
+) -> None:
+    """What the accelerator of each policy learns, insecure baselines included: all in this process, exposed to no one."""
+    from cloister.bench.leakage import run
+
+    record = run(model, text, policy, smoke, stderr())
+    record.write(out)
+    record.show(stdout())
+
+
 @app.command("all")
 def everything(smoke: SmokeOption = False, out: OutOption = Path("bench/results")) -> None:
     """Every benchmark, one after the other."""
@@ -102,6 +122,7 @@ def everything(smoke: SmokeOption = False, out: OutOption = Path("bench/results"
     fidelity("demo", None, smoke, out)
     load(8.0, smoke, out)
     startup(smoke, out)
+    leakage("demo", None, None, smoke, out)
     latency("demo", 48, smoke, out)
     if not smoke:
         latency("1.1b", 48, smoke, out)

@@ -61,14 +61,14 @@ SCHEMES: Final = {
         ),
         Scheme(
             "shield-middle",
-            "SOTER (ATC 2022), as evaluated by TEESlice (S&P 2024)",
+            "SOTER (ATC 2022), its choice of layers without its scaling, as evaluated by TEESlice (S&P 2024)",
             "the middle k layers",
             "The first layers are exposed: prompts are read from the first one's rows by vocabulary search.",
             Shield.LAYERS,
         ),
         Scheme(
             "shield-attention",
-            "attention in the enclave, feed-forward outside: a literal reading of SecureInfer (2510.19979) among others",
+            "shielding by kind of operator, attention inside and feed-forward outside",
             "QKV and output projections of every layer",
             "Feed-forward layers and LM head are exposed: a probe trained on public text reads prompts from their rows.",
         ),
