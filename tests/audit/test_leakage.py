@@ -29,6 +29,8 @@ def test_every_policy_reports_every_linear(measured: dict[str, Leakage]) -> None
         assert all(operator.rows in (0, TOKENS) for operator in leakage.operators)
         assert leakage.padded == (policy in PADDED)
         assert leakage.public_weights == (policy in PUBLIC)
+        assert leakage.bits == {operator.operator: operator.bits_per_token for operator in leakage.operators}
+        assert max(leakage.bits.values()) == leakage.worst.bits_per_token
 
 
 @pytest.mark.parametrize("policy", PADDED)

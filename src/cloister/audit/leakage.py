@@ -126,6 +126,11 @@ class Leakage:
         return max(self.operators, key=told)
 
     @property
+    def bits(self) -> dict[str, float]:
+        """Bits about each token of the prompt, at least, by the name of the linear whose rows tell them."""
+        return {operator.operator: operator.bits_per_token for operator in self.operators}
+
+    @property
     def weights_known(self) -> float:
         """Share of the change to all weights that is known, each linear counted alike."""
         return sum(operator.weights_known for operator in self.operators) / len(self.operators)
@@ -166,9 +171,9 @@ def measure_leakage(  # noqa: PLR0913 (one call, each argument by name)
     _run(model, gate, windows, progress)
     report = _Attacker(policy, model, seen, windows, bases)
     operators = []
-    for index in range(len(model.public_linears)):
+    for index in range(len(model.linears)):
         if progress is not None:
-            progress("attacking", index, len(model.public_linears))
+            progress("attacking", index, len(model.linears))
         operators.append(report.operator(index))
     return Leakage(
         policy,
@@ -212,7 +217,7 @@ class _Attacker:
 
     def operator(self, index: int) -> OperatorLeakage:
         """Returns what one linear tells."""
-        linear = self._model.public_linears[index]
+        linear = self._model.linears[index]
         rows = self._seen.rows(index)
         weights, arrows = self._weights(index)
         if rows is None:
@@ -232,7 +237,7 @@ class _Attacker:
         exposed = self._seen.weight(index)
         if exposed is None:
             return None, None
-        truth = true_weight(self._model.public_linears[index])
+        truth = true_weight(self._model.linears[index])
         base = self._bases[index] if self._bases is not None else simulated_base(truth, PRIVATE_CHANGE, index)
         if self._policy == "obfuscated":
             arrows = arrow_match(exposed, base)
@@ -245,7 +250,7 @@ class _Attacker:
 def _windows(tokens: list[int], model: EnclaveModel, policy: str, most_tokens: int) -> list[list[int]]:
     """Returns the passes to run: whole windows, as many as text, limit and the observer's memory allow."""
     length = min(WINDOW, model.spec.max_positions)
-    row_bytes = (4 if policy in PADDED else 1) * sum(linear.d_in for linear in model.public_linears)
+    row_bytes = (4 if policy in PADDED else 1) * sum(linear.d_in for linear in model.linears)
     count = min(len(tokens), most_tokens, MEMORY_BYTES // row_bytes) // length
     if count < LEAST_WINDOWS:
         raise SettingsError(
@@ -279,17 +284,17 @@ def _open(
         exposed = observer.weights.get(index)
         if exposed is None:
             return None
-        scales = exposed.scales if exposed.scales is not None else model.public_linears[index].scales.reshape(-1)
+        scales = exposed.scales if exposed.scales is not None else model.linears[index].scales.reshape(-1)
         return exposed.matrix.astype(np.float32) * scales[:, None]
 
     seen = _Seen(observer.newest, weight)
     if policy == "slalom":
-        return open_slalom(model.public_linears, team, observer=observer), seen
+        return open_slalom(model.linears, team, observer=observer), seen
     consent = InsecureConsent(allow_insecure_baseline=True)  # the accelerator is this process: nothing is exposed
     slices = (delta or no_slices) if policy == "public-backbone" else delta
     gate = open_baseline(
         policy,
-        model.public_linears,
+        model.linears,
         model.spec.layers,
         team,
         consent,
@@ -304,11 +309,12 @@ def _open_blinded(policy: str, model: EnclaveModel, team: Team) -> tuple[LinearG
     lent = policy == "blinded"
     settings = Settings(blinding=BlindingSettings(prefill=Prefill.BLINDED, pantry_bytes=0))
     observer = Observer(InProcessAccelerator(threads=team.threads), MEMORY_BYTES)
+    weights = [linear.weight for linear in model.linears if isinstance(linear, LentLinear)]
     if lent:
-        for linear in model.public_linears:
-            observer.register(linear.weight)
+        for public in weights:
+            observer.register(public)
     gate = Gate(
-        model.public_linears,
+        model.linears,
         [observer] if lent else [],
         Pantry(model.linears, 0, PadSource(), team),
         settings,
@@ -316,13 +322,12 @@ def _open_blinded(policy: str, model: EnclaveModel, team: Team) -> tuple[LinearG
     )
 
     def rows(index: int) -> np.ndarray | None:
-        weight_id = model.public_linears[index].weight.weight_id
+        weight_id = weights[index].weight_id
         pieces = [rows for seen, rows in observer.seen if seen == weight_id]
         return np.concatenate(pieces) if pieces else None
 
     def weight(index: int) -> np.ndarray | None:
-        linear = model.public_linears[index]
-        return true_weight(linear) if linear.weight.weight_id in observer.weights else None
+        return true_weight(model.linears[index]) if weights[index].weight_id in observer.weights else None
 
     return gate, _Seen(rows, weight)
 
@@ -336,9 +341,8 @@ def _dictionary(model: EnclaveModel) -> Dictionary:
 
 def _base_weights(base: Path, model: EnclaveModel, team: Team) -> list[np.ndarray]:
     opened = open_model(base)
-    prepared = prepare(opened.checkpoint, opened.spec, BlindingSettings(), PadSource(), team=team)
-    linears = prepared.public_linears
+    linears = prepare(opened.checkpoint, opened.spec, BlindingSettings(), PadSource(), team=team).linears
     opened.checkpoint.close()
-    if [linear.weight.shape for linear in linears] != [linear.weight.shape for linear in model.public_linears]:
+    if [linear.matrix.shape for linear in linears] != [linear.matrix.shape for linear in model.linears]:
         raise SettingsError(f"{base} is no base of this model: its layers have other shapes.")
     return [true_weight(linear) for linear in linears]

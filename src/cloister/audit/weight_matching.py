@@ -17,7 +17,7 @@ from jaxtyping import Float32, Int64
 
 from cloister.audit.inversion import directions
 from cloister.audit.scores import Proportion
-from cloister.blinding.linear import LentLinear
+from cloister.blinding.linear import Linear
 
 ROUNDS: Final = 3
 """How often rows and inputs are matched in turn; the second round already repairs what the first got wrong."""
@@ -48,9 +48,9 @@ class Arrows:
     columns: Int64[np.ndarray, " d_in"]
 
 
-def true_weight(linear: LentLinear) -> Weight:
+def true_weight(linear: Linear) -> Weight:
     """Returns a linear's weight as floats; with two planes, stacked as they are stored."""
-    return linear.weight.matrix.astype(np.float32) * linear.scales.reshape(-1, 1)
+    return linear.matrix.astype(np.float32) * linear.scales.reshape(-1, 1)
 
 
 def score(estimate: Weight, truth: Weight, base: Weight) -> WeightRecovery:

@@ -12,7 +12,9 @@ from cloister.audit.baselines.exposure import ExposedAccelerator, ExposedWeight,
 from cloister.audit.baselines.gate import BaselineGate, open_baseline
 from cloister.audit.baselines.products import MagnitudeProduct
 from cloister.audit.baselines.schemes import SCHEMES
+from cloister.audit.baselines.slalom import open_slalom
 from cloister.audit.baselines.w8a8 import PlainGate, plain_product, quantize_by_maximum, rescale
+from cloister.blinding.linear import Linear, PrivateLinear
 from cloister.enclave.forward import LinearGate
 from cloister.enclave.prepare import EnclaveModel
 from cloister.errors import NonFiniteError, PlanError, SettingsError
@@ -277,3 +279,22 @@ def test_an_observer_keeps_its_own_copy(rng: np.random.Generator) -> None:
 def test_a_scheme_says_where_it_is_from() -> None:
     for scheme in SCHEMES.values():
         assert all(dataclasses.astuple(scheme))
+
+
+@pytest.mark.parametrize("name", [*SCHEMES, "slalom"])
+def test_a_private_weight_stays_inside_whatever_the_scheme(name: str, team: Team, rng: np.random.Generator) -> None:
+    linears: list[Linear] = [make_linear(rng.normal(size=(24, 40))) for _ in range(9)]
+    lent = linears[0]
+    linears[0] = PrivateLinear("private", lent.matrix, lent.scales, lent.reach, lent.bias)
+    observer = ExposureObserver()
+    delta = no_delta if name == "public-backbone" else None
+    gate: LinearGate = (
+        open_slalom(linears, team, observer=observer)
+        if name == "slalom"
+        else open_baseline(name, linears, 2, team, CONSENT, shielded=None, delta=delta, observer=observer)
+    )
+    x, out, plain = rng.normal(size=(2, 40)).astype(np.float32), *np.empty((2, 2, 24), np.float32)
+    gate.linear(0, x, out)
+    PlainGate(linears, team).linear(0, x, plain)
+    np.testing.assert_array_equal(out, plain)
+    assert 0 not in observer.operators

@@ -22,7 +22,7 @@ from cloister.audit.baselines.products import (
 )
 from cloister.audit.baselines.schemes import Scheme, find_scheme, shielded_amount, shielded_linears
 from cloister.audit.baselines.w8a8 import plain_product, quantize_by_maximum, rescale
-from cloister.blinding.linear import LentLinear
+from cloister.blinding.linear import LentLinear, Linear
 from cloister.blinding.pads import PadSource
 from cloister.enclave.outsource import GateCounters
 from cloister.enclave.prepare import LINEARS_PER_LAYER
@@ -43,7 +43,7 @@ class BaselineGate:
     def __init__(
         self,
         scheme: Scheme,
-        linears: Sequence[LentLinear],
+        linears: Sequence[Linear],
         products: Sequence[Product],
         team: Team,
         delta: Delta | None,
@@ -108,7 +108,7 @@ class BaselineGate:
 
 def open_baseline(  # noqa: PLR0913 (the names of one call site, each needed by some scheme)
     name: str,
-    linears: Sequence[LentLinear],
+    linears: Sequence[Linear],
     layers: int,
     team: Team,
     consent: InsecureConsent | None,
@@ -119,6 +119,8 @@ def open_baseline(  # noqa: PLR0913 (the names of one call site, each needed by 
     source: PadSource | None = None,
 ) -> BaselineGate:
     """Returns the gate of the insecure scheme `name` over a model's linears (four a layer, the LM head last).
+
+    A linear with a private weight stays in the enclave whatever the scheme.
 
     `shielded`: how many layers, or which fraction of each weight, stay inside (None: a quarter of the layers, a tenth of
     each weight). `delta`: the private slices of `public-backbone`, and of nothing else. `source`: where the secrets of
@@ -141,8 +143,8 @@ def open_baseline(  # noqa: PLR0913 (the names of one call site, each needed by 
     accelerator = ExposedAccelerator(consent, team, observer)
     secrets = source or PadSource()
 
-    def product(index: int, linear: LentLinear) -> Product:
-        if index in inside:
+    def product(index: int, linear: Linear) -> Product:
+        if index in inside or not isinstance(linear, LentLinear):
             return EnclaveProduct(linear, team)
         if name == "shield-magnitude":
             return MagnitudeProduct(index, linear, accelerator, amount)

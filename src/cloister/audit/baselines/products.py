@@ -13,7 +13,7 @@ from cloister.arith.jit import compiled
 from cloister.arith.team import Team
 from cloister.audit.baselines.exposure import ExposedAccelerator, ExposedWeight
 from cloister.audit.baselines.w8a8 import plain_product
-from cloister.blinding.linear import LentLinear
+from cloister.blinding.linear import LentLinear, Linear
 from cloister.blinding.pads import PadSource
 
 
@@ -36,7 +36,7 @@ class EnclaveProduct:
 
     exposed = False
 
-    def __init__(self, linear: LentLinear, team: Team | None) -> None:
+    def __init__(self, linear: Linear, team: Team | None) -> None:
         self._linear = linear
         self._team = team
 

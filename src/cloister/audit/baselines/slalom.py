@@ -5,7 +5,8 @@ pad's product off, check, rescale. Source: Tramer and Boneh, ICLR 2019 (1806.032
 Guarantees: rows that reach the accelerator are uniform modulo q, as strong as AES-256. Numbers are those of the plain W8A8
 model bit for bit. A wrong answer is refused: the check is over the integers modulo an unrelated prime (2^31 - 1), so it
 catches a lie and a sum that wrapped around q alike, each missed with probability 2^-31 per check.
-Assumes: public weights: the accelerator has them. It is not an insecure baseline and asks for no consent.
+Assumes: public weights: the accelerator has them (a private linear is computed in the enclave). Its rows are hidden, so it
+is not an insecure baseline and asks for no consent.
 Edge cases: a sum outside [-q/2, q/2] wraps. Such rows are computed again in the enclave and counted; 8-bit rows of a trained
 model do it rarely (never below 325 inputs), but the time it takes is seen by the accelerator, and depends on activations.
 Does not cover: a transport. The accelerator is an object of this process: the wire protocol carries another field, and is
@@ -25,7 +26,7 @@ from cloister.audit.baselines.exposure import ExposedWeight, ExposureObserver
 from cloister.audit.baselines.slalom_field import HALF, Q, add, field_product, subtract, uniform_elements
 from cloister.audit.baselines.w8a8 import plain_product, quantize_by_maximum, rescale
 from cloister.blinding.kernels import dots
-from cloister.blinding.linear import LentLinear
+from cloister.blinding.linear import LentLinear, Linear
 from cloister.blinding.pads import PadSource
 from cloister.enclave.outsource import GateCounters
 from cloister.errors import VerificationError
@@ -73,7 +74,7 @@ class SlalomGate:
 
     def __init__(
         self,
-        linears: Sequence[LentLinear],
+        linears: Sequence[Linear],
         accelerator: SlalomAccelerator,
         team: Team | None = None,
         source: PadSource | None = None,
@@ -89,7 +90,8 @@ class SlalomGate:
         self._pads: list[deque[tuple[np.ndarray, np.ndarray]]] = [deque() for _ in self.linears]
         self._quarantined = False
         for index, linear in enumerate(self.linears):
-            accelerator.register(index, ExposedWeight(linear.name, linear.weight.matrix, None))
+            if isinstance(linear, LentLinear):
+                accelerator.register(index, ExposedWeight(linear.name, linear.matrix, None))
 
     @property
     def accelerators(self) -> tuple[str, ...]:
@@ -99,7 +101,7 @@ class SlalomGate:
     @property
     def pad_bytes_per_token(self) -> int:
         """Bytes of precomputed pads that one token takes."""
-        return sum(linear.pad_bytes for linear in self.linears)
+        return sum(linear.pad_bytes for linear in self.linears if isinstance(linear, LentLinear))
 
     def lends(self, tokens: int) -> bool:
         """Whether a pass over `tokens` rows would be lent: as long as no answer was wrong."""
@@ -107,9 +109,10 @@ class SlalomGate:
 
     def stock(self, tokens: int) -> None:
         """Makes pads for `tokens` rows of every linear ahead of time: uniform r, and u = r W modulo q."""
-        for index, shelf in enumerate(self._pads):
-            r, u = self._make_pads(index, tokens)
-            shelf.extend((r[t : t + 1], u[t : t + 1]) for t in range(tokens))
+        for index, (linear, shelf) in enumerate(zip(self.linears, self._pads, strict=True)):
+            if isinstance(linear, LentLinear):
+                r, u = self._make_pads(index, tokens)
+                shelf.extend((r[t : t + 1], u[t : t + 1]) for t in range(tokens))
 
     def linear(
         self,
@@ -127,16 +130,18 @@ class SlalomGate:
         linear, counters = self.linears[index], self.counters
         started = time.perf_counter()
         rows, scales = quantize_by_maximum(linear.name, x)
-        if lend and not self._quarantined:
-            product = self._lent(index, rows, started)
+        if lend and not self._quarantined and isinstance(linear, LentLinear):
+            product = self._lent(index, linear, rows, started)
         else:
             product = plain_product(linear, rows, self._team)
             counters.enclave_products += 1
             counters.enclave_seconds += time.perf_counter() - started
         rescale(product, scales, linear, out)
 
-    def _lent(self, index: int, rows: Int8[np.ndarray, "tokens d_in"], started: float) -> np.ndarray:
-        linear, counters = self.linears[index], self.counters
+    def _lent(
+        self, index: int, linear: LentLinear, rows: Int8[np.ndarray, "tokens d_in"], started: float
+    ) -> np.ndarray:
+        counters = self.counters
         r, u = self._take_pads(index, rows.shape[0])
         wide = rows.astype(np.int32)
         blinded = add(wide, r)
@@ -201,11 +206,11 @@ class SlalomGate:
     def _make_pads(self, index: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
         linear = self.linears[index]
         r = uniform_elements(self._source, tokens, linear.d_in)
-        return r, field_product(linear.weight.matrix, r, self._team)
+        return r, field_product(linear.matrix, r, self._team)
 
 
 def open_slalom(
-    linears: Sequence[LentLinear],
+    linears: Sequence[Linear],
     team: Team,
     *,
     observer: ExposureObserver | None = None,

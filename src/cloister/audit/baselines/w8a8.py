@@ -14,14 +14,14 @@ from cloister.arith.jit import compiled
 from cloister.arith.product import int8_product
 from cloister.arith.team import Team
 from cloister.blinding.kernels import OK
-from cloister.blinding.linear import LentLinear
+from cloister.blinding.linear import Linear
 from cloister.blinding.pads import non_finite
 
 
 class PlainGate:
     """Computes linear layers as unprotected int8 serving does, in this process: the baselines' oracle."""
 
-    def __init__(self, linears: Sequence[LentLinear], team: Team) -> None:
+    def __init__(self, linears: Sequence[Linear], team: Team) -> None:
         self.linears = tuple(linears)
         self.seconds = 0.0
         self._team = team
@@ -65,18 +65,18 @@ def quantize_by_maximum(
 
 
 def plain_product(
-    linear: LentLinear, rows: Int8[np.ndarray, "tokens d_in"], team: Team | None
+    linear: Linear, rows: Int8[np.ndarray, "tokens d_in"], team: Team | None
 ) -> Int32[np.ndarray, "tokens outputs"]:
     """Returns the integer product of int8 rows with a linear, computed here."""
-    product = np.empty((rows.shape[0], linear.weight.shape[0]), np.int32)
-    int8_product(linear.weight.matrix, rows, product, team)
+    product = np.empty((rows.shape[0], linear.matrix.shape[0]), np.int32)
+    int8_product(linear.matrix, rows, product, team)
     return product
 
 
 def rescale(
     product: Int32[np.ndarray, "tokens outputs"],
     scales: Float32[np.ndarray, " tokens"],
-    linear: LentLinear,
+    linear: Linear,
     out: Float32[np.ndarray, "tokens d_out"],
 ) -> None:
     """Fills `out` with the float product, the bias added, from the integer one."""
