@@ -136,7 +136,7 @@ class Leakage:
         return sum(operator.weights_known for operator in self.operators) / len(self.operators)
 
 
-def measure_leakage(  # noqa: PLR0913 (one call, each argument by name)
+def measure_leakage(
     policy: str,
     directory: Path | None = None,
     text: str | None = None,

@@ -134,12 +134,12 @@ def _comparison(
     """Returns the gate of Slalom, or of an insecure baseline that the user consented to."""
     team = Team(usable_cores())
     if isinstance(plan, Plan):
-        return open_slalom(model.public_linears, team, source=source)
+        return open_slalom(model.linears, team, source=source)
     shielded: float | None = settings.plan.shielded_layers or None
     if plan.policy == "shield-magnitude":
         shielded = settings.plan.shielded_share
     return open_baseline(
-        plan.policy, model.public_linears, model.spec.layers, team, plan.consent,
+        plan.policy, model.linears, model.spec.layers, team, plan.consent,
         shielded=shielded if find_scheme(plan.policy).shield is not Shield.NOTHING else None,
         delta=no_slices if plan.policy == "public-backbone" else None, source=source,
     )  # fmt: skip
