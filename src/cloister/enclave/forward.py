@@ -16,9 +16,11 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from cloister.blinding.linear import Linear
-from cloister.enclave.kernels import add_rms_norm, attention, rms_norm, rotate_and_store, swiglu
+from cloister.enclave.kernels import add_rms_norm, rms_norm, rotate_and_store, swiglu
+from cloister.enclave.kernels import attention as fused_attention
 from cloister.enclave.kvcache import CachedSequence, PagedKVCache
 from cloister.enclave.prepare import LINEARS_PER_LAYER, EnclaveModel
+from cloister.errors import SettingsError
 from cloister.model.rope import RotaryEmbedding
 
 
@@ -46,6 +48,24 @@ class LinearGate(Protocol):
         ...
 
 
+@runtime_checkable
+class Attention(Protocol):
+    """Whatever computes attention: the fused kernel (see `enclave.kernels.attention`), or one that lends its products."""
+
+    def __call__(
+        self,
+        query: Float32[np.ndarray, "tokens heads head_dim"],
+        keys: Float32[np.ndarray, "pages kv_heads page_tokens head_dim"],
+        values: Float32[np.ndarray, "pages kv_heads page_tokens head_dim"],
+        where: Int32[np.ndarray, " n"],
+        window: int,
+        scores: Float32[np.ndarray, "group context"],
+        out: Float32[np.ndarray, "tokens width"],
+    ) -> None:
+        """Fills `out` with the attention of the last rows of a sequence over its cache."""
+        ...
+
+
 class Forward:
     """The forward pass over one paged sequence."""
 
@@ -56,13 +76,25 @@ class Forward:
         cache: PagedKVCache,
         *,
         shape_hiding: int = 0,
+        attention: Attention | None = None,
     ) -> None:
+        """`attention`: what computes attention; None is the fused kernel of the enclave.
+
+        Raises:
+            SettingsError: `shape_hiding` with another attention, whose products would show the exact lengths.
+        """
+        if attention is not None and shape_hiding:
+            raise SettingsError(
+                "shape_hiding does not cover lent attention: its products show the length of the context.",
+                remedy="Set blinding.shape_hiding to 0, or keep attention in the enclave.",
+            )
         self._model = model
         self._gate = gate
         self._cache = cache
         self._sequence = cache.sequence()
         self._rotary = RotaryEmbedding(model.spec.rope, model.spec.head_dim)
         self._bucket = shape_hiding
+        self._attention: Attention = fused_attention if attention is None else attention
         self._norms = _head_norms(model)
         self._epsilon = np.float32(model.spec.norm_epsilon)
 
@@ -151,7 +183,7 @@ class Forward:
             linear = LINEARS_PER_LAYER * index
             gate.linear(linear, normed, qkv, lend)
             rotate_and_store(qkv[:real], rotary, self._norms[index], self._epsilon, query, keys, values, where)
-            attention(query, keys, values, where, spec.windows[index] or 0, scores, mixed[:real])
+            self._attention(query, keys, values, where, spec.windows[index] or 0, scores, mixed[:real])
             gate.linear(linear + 1, mixed, delta, lend)
             add_rms_norm(x, delta, layer.ffn_norm, self._epsilon, normed)
             gate.linear(linear + 2, normed, gate_up, lend)
