@@ -1,4 +1,5 @@
-"""The interface of an accelerator: register public weights by hash, multiply blinded rows by one of them.
+"""The interface of an accelerator: register public weights by hash, multiply blinded rows by one of them; and, for those
+that can, multiply two blinded matrices.
 
 Covers: the whole vocabulary between the enclave and an accelerator. Does not cover: trust. Whatever implements this
 may be malicious: it may read, keep and answer anything. The enclave checks every product (`enclave.outsource`).
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from cloister.wire.messages import Blinded, PublicWeight
+from cloister.wire.pairs import PairRequest
 
 
 @runtime_checkable
@@ -43,4 +45,29 @@ class Accelerator(Protocol):
 
     def close(self) -> None:
         """Frees what the accelerator holds; harmless when already closed."""
+        ...
+
+
+@runtime_checkable
+class PairAccelerator(Accelerator, Protocol):
+    """An accelerator that also multiplies two blinded matrices, one of which it keeps between requests."""
+
+    def multiply_pair(self, request: PairRequest, timeout_seconds: float) -> Int32[np.ndarray, "heads rows d_out"]:
+        """Keeps the rows that `request` appends, then returns its *unverified* product modulo P, centred.
+
+        The array may be memory that the accelerator can still write: copy it before checking it.
+
+        Raises:
+            AcceleratorTimeoutError: no answer within `timeout_seconds`.
+            AcceleratorLostError: the process or connection is gone.
+            AcceleratorProtocolError: it refuses (an operand is unknown or too large), or answers another request.
+        """
+        ...
+
+    def release(self, operand: int, timeout_seconds: float) -> None:
+        """Forgets a kept operand; harmless if there is none of that number.
+
+        Raises:
+            AcceleratorError: as for `multiply_pair`.
+        """
         ...

@@ -18,6 +18,7 @@ from jaxtyping import Int8, Int32
 from cloister.accelerator.onnx_product import OnnxProduct, share_threads
 from cloister.arith.digits import split_digits
 from cloister.arith.modulus import HALF, P
+from cloister.arith.pair import pair_product
 from cloister.arith.product import modular_product
 from cloister.arith.team import Team, usable_cores
 from cloister.arith.vector import InstructionSet, best_instruction_set
@@ -70,6 +71,17 @@ class NumbaMultiplier:
     ) -> None:
         """Fills `out` with the product."""
         modular_product(weight, rows, out, self._team)
+
+    def multiply_pair(
+        self,
+        left: Int32[np.ndarray, "heads rows inner"],
+        right: Int32[np.ndarray, "heads capacity width"],
+        first: int,
+        transposed: bool,
+        out: Int32[np.ndarray, "heads rows outer"],
+    ) -> None:
+        """Fills `out` with the product of two matrices of field elements."""
+        pair_product(left, right, first, transposed, out, self._team)
 
     def close(self) -> None:
         """Ends the team."""

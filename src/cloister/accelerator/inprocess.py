@@ -4,9 +4,11 @@ import numpy as np
 from jaxtyping import Int32
 
 from cloister.accelerator.cpu import Multiplier, open_multiplier
+from cloister.accelerator.operands import OperandStore, RefusedError
 from cloister.errors import AcceleratorLostError, AcceleratorProtocolError
 from cloister.settings import Backend
 from cloister.wire.messages import Blinded, PublicWeight
+from cloister.wire.pairs import PairRequest
 
 
 class InProcessAccelerator:
@@ -15,6 +17,7 @@ class InProcessAccelerator:
     def __init__(self, backend: Backend = Backend.NUMBA, threads: int = 1) -> None:
         self._multiplier: Multiplier = open_multiplier(backend, threads)
         self._weights: dict[bytes, tuple[object, int, int]] = {}
+        self._operands = OperandStore(self._multiplier)
         self._closed = False
 
     @property
@@ -39,6 +42,22 @@ class InProcessAccelerator:
         out = np.empty((blinded.rows.shape[0], d_out), np.int32)
         self._multiplier.multiply(prepared, blinded.rows, out)
         return out
+
+    def multiply_pair(self, request: PairRequest, timeout_seconds: float) -> Int32[np.ndarray, "heads rows d_out"]:
+        """Returns the product of two blinded matrices; there is nothing to time out."""
+        self._check_open()
+        shape = request.shape
+        out = np.empty((shape.heads, shape.rows, shape.d_out), np.int32)
+        try:
+            self._operands.multiply(request, out)
+        except RefusedError as error:
+            raise AcceleratorProtocolError(f"The accelerator {self.name} refuses: {error.message}") from error
+        return out
+
+    def release(self, operand: int, timeout_seconds: float) -> None:
+        """Forgets a kept operand."""
+        self._check_open()
+        self._operands.release(operand)
 
     def close(self) -> None:
         """Forgets the weights and ends the threads; harmless when already closed."""

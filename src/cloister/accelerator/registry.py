@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Int8, Int32
 
 from cloister.accelerator.cpu import Multiplier
-from cloister.errors import CloisterError
+from cloister.accelerator.operands import DEFAULT_OPERAND_BYTES, OperandStore, RefusedError
 from cloister.wire.codec import Frame, Status
 from cloister.wire.messages import Blinded, check_weight
 
@@ -14,18 +14,17 @@ DEFAULT_WEIGHT_BYTES: Final = 2**40
 """Most weight bytes that a worker accepts unless it is told otherwise."""
 
 
-class RefusedError(CloisterError):
-    """A request that this worker does not serve; `status` says why."""
-
-    def __init__(self, status: Status, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 class Registry:
-    """The weights of one worker, by the index that the client gave them."""
+    """The weights and the kept operands of one client, by the numbers that the client gave them."""
 
-    def __init__(self, multiplier: Multiplier, max_bytes: int = DEFAULT_WEIGHT_BYTES) -> None:
+    def __init__(
+        self,
+        multiplier: Multiplier,
+        max_bytes: int = DEFAULT_WEIGHT_BYTES,
+        max_operand_bytes: int = DEFAULT_OPERAND_BYTES,
+    ) -> None:
+        self.operands = OperandStore(multiplier, max_operand_bytes)
+        """The blinded matrices that are kept for this client."""
         self._multiplier = multiplier
         self._max_bytes = max_bytes
         self._bytes = 0

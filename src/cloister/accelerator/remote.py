@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from cloister.accelerator.cpu import Multiplier
-from cloister.accelerator.registry import DEFAULT_WEIGHT_BYTES, RefusedError, Registry
+from cloister.accelerator.operands import RefusedError
+from cloister.accelerator.registry import DEFAULT_WEIGHT_BYTES, Registry
 from cloister.errors import (
     AcceleratorError,
     AcceleratorLostError,
@@ -34,14 +35,19 @@ from cloister.wire.codec import (
     HEADER_BYTES,
     MAX_ERROR_BYTES,
     MAX_WEIGHTS,
+    PAIR_BYTES,
     Frame,
     Kind,
     Status,
     decode,
+    decode_pair,
+    encode_pair_request,
     peer_text,
+    received_pair,
     received_rows,
 )
 from cloister.wire.messages import Blinded, PublicWeight, weight_hash
+from cloister.wire.pairs import PairRequest
 
 CONNECT_SECONDS: Final = 10.0
 REGISTER_SECONDS: Final = 300.0
@@ -118,6 +124,34 @@ class RemoteAccelerator:
         except (OSError, WireError) as error:
             raise self._failure(error, timeout_seconds) from error
         return product
+
+    def multiply_pair(self, request: PairRequest, timeout_seconds: float) -> Int32[np.ndarray, "heads rows d_out"]:
+        """Returns the unverified product of two blinded matrices."""
+        sock, shape = self._connected(), request.shape
+        self._request += 1
+        product = np.empty((shape.heads, shape.rows, shape.d_out), np.int32)
+        deadline = time.monotonic() + timeout_seconds
+        header, expected = encode_pair_request(self._request, request.operand, shape)
+        parts = [part.rows.tobytes() for part in (request.appended, request.left) if part is not None]
+        try:
+            send(sock, b"".join([header, *parts]), deadline)
+            if self._answer(sock, Kind.PAIR_PRODUCT, deadline).encode() != expected:
+                raise WireError("It answered with another shape.")
+            receive_into(sock, product.data.cast("B") if product.size else memoryview(b""), deadline)
+        except (OSError, WireError) as error:
+            raise self._failure(error, timeout_seconds) from error
+        return product
+
+    def release(self, operand: int, timeout_seconds: float) -> None:
+        """Lets the accelerator forget a kept operand."""
+        sock = self._connected()
+        self._request += 1
+        deadline = time.monotonic() + timeout_seconds
+        try:
+            send(sock, Frame(Kind.RELEASE, self._request, operand).encode(), deadline)
+            self._answer(sock, Kind.RELEASED, deadline)
+        except (OSError, WireError) as error:
+            raise self._failure(error, timeout_seconds) from error
 
     def close(self) -> None:
         """Closes the connection; harmless when already closed."""
@@ -252,6 +286,11 @@ class AcceleratorServer:
                 self._register(sock, registry, frame, deadline)
             elif frame.kind is Kind.MULTIPLY:
                 self._multiply(sock, registry, frame, deadline)
+            elif frame.kind is Kind.PAIR:
+                self._multiply_pair(sock, registry, frame, deadline)
+            elif frame.kind is Kind.RELEASE:
+                registry.operands.release(frame.weight)
+                send(sock, Frame(Kind.RELEASED, frame.request, frame.weight).encode(), deadline)
             else:
                 raise RefusedError(Status.BAD_FRAME, f"A {frame.kind.name} frame is not a request.")
         except _CutError:
@@ -281,6 +320,19 @@ class AcceleratorServer:
         with self._lock:
             registry.multiply(frame, received_rows(words, frame.rows, frame.d_in), product)
         reply = Frame(Kind.PRODUCT, frame.request, frame.weight, frame.rows, frame.d_in, d_out)
+        send(sock, reply.encode() + product.tobytes(), time.monotonic() + REQUEST_SECONDS)
+
+    def _multiply_pair(self, sock: socket.socket, registry: Registry, frame: Frame, deadline: float) -> None:
+        second = bytearray(PAIR_BYTES)
+        receive_into(sock, memoryview(second), deadline)
+        shape = decode_pair(frame, second)
+        registry.operands.check(frame.weight, shape)
+        words = np.empty(shape.appended_words + shape.left_words, np.int32)
+        receive_into(sock, words.data.cast("B"), deadline)
+        product = np.empty((shape.heads, shape.rows, shape.d_out), np.int32)
+        with self._lock:
+            registry.operands.multiply(received_pair(words, frame.weight, shape), product)
+        reply = Frame(Kind.PAIR_PRODUCT, frame.request, frame.weight, frame.rows, frame.d_in, frame.d_out)
         send(sock, reply.encode() + product.tobytes(), time.monotonic() + REQUEST_SECONDS)
 
 

@@ -24,8 +24,19 @@ from cloister.errors import (
     WireError,
 )
 from cloister.settings import Backend
-from cloister.wire.codec import HEADER_BYTES, MAX_ERROR_BYTES, MAX_WEIGHTS, Frame, Kind, decode, encode_pair, peer_text
+from cloister.wire.codec import (
+    HEADER_BYTES,
+    MAX_ERROR_BYTES,
+    MAX_WEIGHTS,
+    Frame,
+    Kind,
+    decode,
+    encode_pair,
+    encode_pair_request,
+    peer_text,
+)
 from cloister.wire.messages import Blinded, PublicWeight
+from cloister.wire.pairs import PairRequest
 from cloister.wire.sealed_memory import Arena, SealedMatrix
 
 START_SECONDS: Final = 120.0
@@ -122,13 +133,36 @@ class SharedMemoryAccelerator:
         request, answer = self._arenas_for(rows * d_in, rows * d_out, timeout_seconds)
         np.copyto(request.words[: rows * d_in].reshape(rows, d_in), blinded.rows)
         self._request += 1
-        header, expected = encode_pair(self._request, index, rows, d_in, d_out)
+        self._exchange(*encode_pair(self._request, index, rows, d_in, d_out), Kind.PRODUCT, timeout_seconds)
+        return answer.words[: rows * d_out].reshape(rows, d_out)
+
+    def multiply_pair(self, request: PairRequest, timeout_seconds: float) -> Int32[np.ndarray, "heads rows d_out"]:
+        """Returns the unverified product of two blinded matrices, in memory that the worker can still write."""
+        self._await_ready()
+        shape, split = request.shape, request.shape.appended_words
+        sent, answer = self._arenas_for(split + shape.left_words, shape.answer_words, timeout_seconds)
+        if request.appended is not None:
+            np.copyto(sent.words[:split], request.appended.rows.reshape(-1))
+        if request.left is not None:
+            np.copyto(sent.words[split : split + shape.left_words], request.left.rows.reshape(-1))
+        self._request += 1
+        headers = encode_pair_request(self._request, request.operand, shape)
+        self._exchange(*headers, Kind.PAIR_PRODUCT, timeout_seconds)
+        return answer.words[: shape.answer_words].reshape(shape.heads, shape.rows, shape.d_out)
+
+    def release(self, operand: int, timeout_seconds: float) -> None:
+        """Lets the worker forget a kept operand."""
+        self._await_ready()
+        self._send(Frame(Kind.RELEASE, self._next(), operand).encode())
+        self._receive(Kind.RELEASED, timeout_seconds)
+
+    def _exchange(self, header: bytes, expected: bytes, kind: Kind, timeout_seconds: float) -> None:
+        """Sends a request and waits for the one header that answers it."""
         self._send(header)
         length = self._wait(timeout_seconds)
         if length != HEADER_BYTES or not self._buffer.startswith(expected):  # anything else is explained at leisure
-            self._checked(length, Kind.PRODUCT)
+            self._checked(length, kind)
             raise self._fail(AcceleratorProtocolError(f"The worker {self.name} answered with another shape."))
-        return answer.words[: rows * d_out].reshape(rows, d_out)
 
     def close(self) -> None:
         """Ends the worker and frees the memory; harmless when already closed."""
@@ -161,7 +195,7 @@ class SharedMemoryAccelerator:
         current = self._arenas
         if current and current[0].size >= 4 * request_words and current[1].size >= 4 * answer_words:
             return current
-        sizes = [4 * request_words, 4 * answer_words]
+        sizes = [4 * request_words, 4 * max(answer_words, 1)]  # a request that only appends has no answer
         if current:
             sizes = [max(size, arena.size) for size, arena in zip(sizes, current, strict=True)]
         try:

@@ -11,13 +11,27 @@ import sys
 from typing import Final
 
 from cloister.accelerator.cpu import open_multiplier
-from cloister.accelerator.registry import DEFAULT_WEIGHT_BYTES, RefusedError, Registry
+from cloister.accelerator.operands import DEFAULT_OPERAND_BYTES, RefusedError
+from cloister.accelerator.registry import DEFAULT_WEIGHT_BYTES, Registry
 from cloister.errors import CloisterError, WireError
 from cloister.settings import Backend
-from cloister.wire.codec import HEADER_BYTES, MAX_ERROR_BYTES, Frame, Kind, Status, decode, received_rows
+from cloister.wire.codec import (
+    HEADER_BYTES,
+    MAX_ERROR_BYTES,
+    PAIR_BYTES,
+    Frame,
+    Kind,
+    Status,
+    decode,
+    decode_pair,
+    received_pair,
+    received_rows,
+)
 from cloister.wire.sealed_memory import Arena, map_sealed_matrix
 
 _MAX_DESCRIPTORS: Final = 2
+_MAX_MESSAGE: Final = HEADER_BYTES + PAIR_BYTES + 1
+"""One byte more than any request has: a longer one is seen to be longer."""
 
 POLLS: Final = 500
 """How often an idle worker polls before it sleeps: about a millisecond."""
@@ -39,7 +53,7 @@ class Worker:
             if not message:
                 return
             try:
-                reply = self._answer(decode(message), descriptors)
+                reply = self._answer(message, descriptors)
             except RefusedError as error:
                 reply = self._error(message, error.status, error.message)
             except CloisterError as error:
@@ -61,18 +75,27 @@ class Worker:
         for _ in range(POLLS):
             try:
                 message, descriptors, _, _ = socket.recv_fds(
-                    self._sock, HEADER_BYTES + 1, _MAX_DESCRIPTORS, socket.MSG_DONTWAIT
+                    self._sock, _MAX_MESSAGE, _MAX_DESCRIPTORS, socket.MSG_DONTWAIT
                 )
             except BlockingIOError:
                 os.sched_yield()
             else:
                 return message, descriptors
-        message, descriptors, _, _ = socket.recv_fds(self._sock, HEADER_BYTES + 1, _MAX_DESCRIPTORS)
+        message, descriptors, _, _ = socket.recv_fds(self._sock, _MAX_MESSAGE, _MAX_DESCRIPTORS)
         return message, descriptors
 
-    def _answer(self, frame: Frame, descriptors: list[int]) -> bytes:
+    def _answer(self, message: bytes, descriptors: list[int]) -> bytes:
+        if len(message) > HEADER_BYTES:
+            frame = decode(message[:HEADER_BYTES])
+            if frame.kind is not Kind.PAIR:
+                raise WireError(f"A {frame.kind.name} frame has {len(message)} bytes.")
+            return self._multiply_pair(frame, message[HEADER_BYTES:])
+        frame = decode(message)
         if frame.kind is Kind.MULTIPLY:
             return self._multiply(frame)
+        if frame.kind is Kind.RELEASE:
+            self._registry.operands.release(frame.weight)
+            return Frame(Kind.RELEASED, frame.request, frame.weight).encode()
         if frame.kind is Kind.REGISTER and len(descriptors) == 1:
             self._registry.check_room(frame)
             self._registry.add(frame, map_sealed_matrix(descriptors[0], (frame.d_out, frame.d_in)))
@@ -91,6 +114,16 @@ class Worker:
         self._registry.multiply(frame, blinded, answer.words[: frame.rows * d_out].reshape(frame.rows, d_out))
         return Frame(Kind.PRODUCT, frame.request, frame.weight, frame.rows, frame.d_in, d_out).encode()
 
+    def _multiply_pair(self, frame: Frame, second: bytes) -> bytes:
+        shape = decode_pair(frame, second)
+        sent = shape.appended_words + shape.left_words
+        if self._arenas is None or 4 * sent > self._arenas[0].size or 4 * shape.answer_words > self._arenas[1].size:
+            raise WireError("The arenas are too small for this product.")
+        request, answer = self._arenas
+        out = answer.words[: shape.answer_words].reshape(shape.heads, shape.rows, shape.d_out)
+        self._registry.operands.multiply(received_pair(request.words[:sent], frame.weight, shape), out)
+        return Frame(Kind.PAIR_PRODUCT, frame.request, frame.weight, frame.rows, frame.d_in, frame.d_out).encode()
+
     @staticmethod
     def _error(message: bytes, status: Status, text: str) -> bytes:
         request = int.from_bytes(message[8:16], "little")
@@ -104,11 +137,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backend", choices=list(Backend), default=Backend.AUTO, help="what multiplies")
     parser.add_argument("--threads", type=int, default=0, help="0: one per usable core")
     parser.add_argument("--max-weight-bytes", type=int, default=DEFAULT_WEIGHT_BYTES)
+    parser.add_argument("--max-operand-bytes", type=int, default=DEFAULT_OPERAND_BYTES)
     options = parser.parse_args(arguments)
     multiplier = open_multiplier(Backend(options.backend), options.threads)
     with socket.socket(fileno=options.fd) as sock:
         try:
-            Worker(sock, Registry(multiplier, options.max_weight_bytes)).serve(multiplier.name)
+            registry = Registry(multiplier, options.max_weight_bytes, options.max_operand_bytes)
+            Worker(sock, registry).serve(multiplier.name)
         except (BrokenPipeError, ConnectionResetError):
             return 0  # the client is gone
     return 0

@@ -2,6 +2,10 @@
 
     magic 4 | version 1 | kind 1 | status 2 | request 8 | weight 4 | rows 4 | d_in 4 | d_out 4      (32 bytes, little endian)
 
+A PAIR frame is followed by a second header of 24 bytes (see `wire.pairs`):
+
+    heads 4 | width 4 | keep 4 | append 4 | start 4 | transposed 4
+
 On one host the rows and products lie in shared memory and only headers travel. Between hosts a header is followed by its
 payload, whose length follows from the header. The channel carries public weights and blinded values alone, so it needs
 no secrecy; a changed answer is caught by the check. Someone on the path can still delay or cut it.
@@ -18,6 +22,7 @@ from jaxtyping import Int32
 from cloister.arith.modulus import MAX_D_IN
 from cloister.errors import WireError
 from cloister.wire.messages import _MAKER, MAX_D_OUT, MAX_ROWS, Blinded
+from cloister.wire.pairs import PairRequest, PairShape
 
 MAGIC: Final = b"CLST"
 VERSION: Final = 1
@@ -28,6 +33,8 @@ MAX_ERROR_BYTES: Final = 512
 
 _HEADER: Final = struct.Struct("<4sBBHQIIII")
 HEADER_BYTES: Final = _HEADER.size
+_PAIR: Final = struct.Struct("<IIIIII")
+PAIR_BYTES: Final = _PAIR.size
 
 
 class Kind(IntEnum):
@@ -40,6 +47,10 @@ class Kind(IntEnum):
     MULTIPLY = 5
     PRODUCT = 6
     ERROR = 7
+    PAIR = 8
+    PAIR_PRODUCT = 9
+    RELEASE = 10
+    RELEASED = 11
 
 
 class Status(IntEnum):
@@ -51,6 +62,7 @@ class Status(IntEnum):
     NO_MEMORY = 3
     BAD_FRAME = 4
     FAILED = 5
+    UNKNOWN_OPERAND = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +107,46 @@ def decode(header: bytes | bytearray | memoryview) -> Frame:
         return Frame(Kind(kind), request, weight, rows, d_in, d_out, Status(status))
     except ValueError as error:
         raise WireError(f"A frame has kind {kind} and status {status}.") from error
+
+
+def encode_pair_request(request: int, operand: int, shape: PairShape) -> tuple[bytes, bytes]:
+    """Returns both headers of a PAIR, together, and the header of the one PAIR_PRODUCT that answers it."""
+    fields = (request, operand, shape.rows, shape.d_in, shape.d_out)
+    second = _PAIR.pack(shape.heads, shape.width, shape.keep, shape.append, shape.start, shape.transposed)
+    return Frame(Kind.PAIR, *fields).encode() + second, Frame(Kind.PAIR_PRODUCT, *fields).encode()
+
+
+def decode_pair(frame: Frame, second: bytes | bytearray | memoryview) -> PairShape:
+    """Returns the numbers of a PAIR frame and its second header.
+
+    Raises:
+        WireError: the second header has another length, or the numbers contradict each other or exceed a limit.
+    """
+    if len(second) != PAIR_BYTES:
+        raise WireError(f"A second header has {len(second)} bytes, not {PAIR_BYTES}.")
+    *counts, transposed = _PAIR.unpack(second)
+    heads, width, keep, append, start = counts
+    if transposed > 1:
+        raise WireError(f"A product is transposed or not, not {transposed}.")
+    shape = PairShape(heads, width, keep, append, start, bool(transposed), frame.rows)
+    shape.check()
+    if (frame.d_in, frame.d_out) != (shape.d_in, shape.d_out):
+        raise WireError(
+            f"A product of rows {frame.d_in} to {frame.d_out} was announced as {shape.d_in} to {shape.d_out}."
+        )
+    return shape
+
+
+def received_pair(words: Int32[np.ndarray, " n"], operand: int, shape: PairShape) -> PairRequest:
+    """Returns the request whose rows (those to append, then those to multiply) a peer sent.
+
+    Raises:
+        WireError: there are fewer words than announced.
+    """
+    split, heads = shape.appended_words, shape.heads
+    appended = received_rows(words[:split], heads * shape.append, shape.width) if shape.append else None
+    left = received_rows(words[split:], heads * shape.rows, shape.d_in) if shape.rows else None
+    return PairRequest(operand, shape, appended, left)
 
 
 def peer_text(raw: bytes | bytearray | memoryview) -> str:

@@ -1,10 +1,11 @@
 """The types that may cross the boundary between the enclave and an accelerator.
 
 Covers: the two things an accelerator is ever given (a public weight and blinded rows) and the one it returns.
-Does not cover: how they are encoded (`wire.codec`) or how rows are blinded (`blinding.pads`).
+Does not cover: how they are encoded (`wire.codec`), how rows are blinded (`blinding.pads`, `blinding.bilinear`), or what a
+request for a product of two blinded matrices says (`wire.pairs`).
 
-`Blinded` is the gate of the whole product: an accelerator accepts nothing else, and only `blinding.pads` (which blinds)
-and the codec (which decodes, on the accelerator's side) can make one.
+`Blinded` is the gate of the whole product: an accelerator accepts nothing else, and only `blinding.pads` and
+`blinding.bilinear` (which blind) and the codec (which decodes, on the accelerator's side) can make one.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ MAX_D_OUT: Final = 2**20
 """Most output columns of one weight (the largest vocabularies are about 2^18)."""
 
 _MAKER: Final = object()
-"""Held by `blinding.pads` and `wire.codec` alone; a test reads every import to keep it so."""
+"""Held by `blinding.pads`, `blinding.bilinear` and `wire.codec` alone; a test reads every import to keep it so."""
 
 
 class Blinded:
@@ -41,7 +42,7 @@ class Blinded:
     def __init__(self, rows: Int32[np.ndarray, "tokens d_in"], maker: object) -> None:
         if maker is not _MAKER:
             raise WireError(
-                "Only blinding.pads and the codec can make Blinded rows.",
+                "Only blinding and the codec can make Blinded rows.",
                 remedy="Blind the rows with a pad from the pantry.",
             )
         if rows.ndim != 2 or rows.dtype != np.int32 or not rows.flags.c_contiguous:
