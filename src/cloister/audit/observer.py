@@ -8,9 +8,11 @@ from typing import Final, NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-from cloister.accelerator.api import Accelerator
+from cloister.accelerator.api import Accelerator, PairAccelerator
 from cloister.audit.uniformity import Uniformity, measure_uniformity
+from cloister.errors import AcceleratorProtocolError
 from cloister.wire.messages import Blinded, PublicWeight
+from cloister.wire.pairs import PairRequest
 
 DEFAULT_MEMORY_BYTES: Final = 32 * 2**20
 """How much an observer remembers before it drops the oldest rows."""
@@ -28,6 +30,17 @@ class Request(NamedTuple):
     d_in: int
     started_seconds: float
     took_seconds: float
+
+
+def pairs_of(accelerator: Accelerator) -> PairAccelerator:
+    """Returns an accelerator as one that multiplies two blinded matrices.
+
+    Raises:
+        AcceleratorProtocolError: it does not.
+    """
+    if not isinstance(accelerator, PairAccelerator):
+        raise AcceleratorProtocolError(f"The accelerator {accelerator.name} does not multiply two blinded matrices.")
+    return accelerator
 
 
 class Observer:
@@ -62,23 +75,46 @@ class Observer:
 
     def multiply(self, weight_id: bytes, blinded: Blinded, timeout_seconds: float) -> Int32[np.ndarray, "rows d_out"]:
         """Remembers the rows, then passes them on."""
+        self._remember(weight_id, blinded)
         rows, d_in = blinded.rows.shape
-        copy = blinded.rows[: self._limit // (4 * d_in)].copy()
-        with self._lock:
-            self.products += 1
-            self.rows += rows
-            if copy.size:
-                self._seen.append((weight_id, copy))
-                self._bytes += copy.nbytes
-            while self._bytes > self._limit:
-                self._bytes -= self._seen.popleft()[1].nbytes
         started = time.monotonic()
         try:
             return self._inner.multiply(weight_id, blinded, timeout_seconds)
         finally:
-            request = Request(weight_id, rows, d_in, started, time.monotonic() - started)
-            with self._lock:
-                self._requests.append(request)
+            self._answered(weight_id, rows, d_in, started)
+
+    def multiply_pair(self, request: PairRequest, timeout_seconds: float) -> Int32[np.ndarray, "heads rows d_out"]:
+        """Remembers all rows, those to keep as `kept N` and those to multiply as `pair N`, then passes them on."""
+        inner, shape = pairs_of(self._inner), request.shape
+        for label, blinded in ((b"kept", request.appended), (b"pair", request.left)):
+            if blinded is not None:
+                self._remember(b"%s %d" % (label, request.operand), blinded)
+        started = time.monotonic()
+        try:
+            return inner.multiply_pair(request, timeout_seconds)
+        finally:
+            self._answered(b"pair %d" % request.operand, shape.heads * shape.rows, shape.d_in, started)
+
+    def release(self, operand: int, timeout_seconds: float) -> None:
+        """Passes on what is to be forgotten; the observer forgets nothing."""
+        pairs_of(self._inner).release(operand, timeout_seconds)
+
+    def _remember(self, label: bytes, blinded: Blinded) -> None:
+        rows, d_in = blinded.rows.shape
+        copy = blinded.rows[: self._limit // (4 * d_in)].copy()
+        with self._lock:
+            self.products += not label.startswith(b"kept ")
+            self.rows += rows
+            if copy.size:
+                self._seen.append((label, copy))
+                self._bytes += copy.nbytes
+            while self._bytes > self._limit:
+                self._bytes -= self._seen.popleft()[1].nbytes
+
+    def _answered(self, label: bytes, rows: int, d_in: int, started: float) -> None:
+        request = Request(label, rows, d_in, started, time.monotonic() - started)
+        with self._lock:
+            self._requests.append(request)
 
     def close(self) -> None:
         """Closes what is observed."""

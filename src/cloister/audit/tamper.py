@@ -12,9 +12,11 @@ from jaxtyping import Int32
 
 from cloister.accelerator.api import Accelerator
 from cloister.arith.modulus import HALF, P
+from cloister.audit.observer import pairs_of
 from cloister.blinding.field import centre
 from cloister.errors import AcceleratorLostError, AcceleratorTimeoutError, SettingsError
 from cloister.wire.messages import Blinded, PublicWeight
+from cloister.wire.pairs import PairRequest
 
 Product = Int32[np.ndarray, "rows d_out"]
 Strategy = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -135,8 +137,22 @@ class Tamper:
             AcceleratorTimeoutError: it is late, and its lateness reaches the timeout.
             AcceleratorLostError: its strategy is to be lost.
         """
+        return self._spoiled(np.array(self._inner.multiply(weight_id, blinded, timeout_seconds)), timeout_seconds)
+
+    def multiply_pair(self, request: PairRequest, timeout_seconds: float) -> np.ndarray:
+        """Returns the product of two blinded matrices, spoiled when its turn has come; errors as for `multiply`."""
+        answer = np.array(pairs_of(self._inner).multiply_pair(request, timeout_seconds))
+        if not answer.size:  # nothing but rows to keep: not an answer that could be wrong
+            return answer
+        flat = self._spoiled(answer.reshape(-1, answer.shape[2]), timeout_seconds)
+        return flat.reshape(*answer.shape[:2], -1) if flat.size % (answer.shape[0] * answer.shape[1]) == 0 else flat
+
+    def release(self, operand: int, timeout_seconds: float) -> None:
+        """Passes on what is to be forgotten."""
+        pairs_of(self._inner).release(operand, timeout_seconds)
+
+    def _spoiled(self, product: np.ndarray, timeout_seconds: float) -> np.ndarray:
         self.calls += 1
-        product = np.array(self._inner.multiply(weight_id, blinded, timeout_seconds))
         previous, self._previous = self._previous, product.copy()
         if self._at_call not in (0, self.calls):
             return product
