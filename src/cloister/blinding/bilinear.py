@@ -152,7 +152,7 @@ class KeptRows:
     def __init__(self, name: str, heads: int, width: int, transposed: bool, checks: int, source: PadSource) -> None:
         """Use `kept_keys` or `kept_values`."""
         self.name, self.heads, self.width, self.rows = name, heads, width, 0
-        self._transposed, self._source = transposed, source
+        self.transposed, self._source = transposed, source
         self._values: Int16[np.ndarray, "heads capacity width"] = np.zeros((heads, 0, width), np.int16)
         self._pads: Int32[np.ndarray, "heads capacity width"] = np.zeros((heads, 0, width), np.int32)
         self._scales: Float64[np.ndarray, "heads capacity"] = np.zeros((heads, 0), np.float64)
@@ -183,12 +183,12 @@ class KeptRows:
         """
         first, count = self.rows, x.shape[1]
         self._reserve(first + count)
-        kind, reach = (LENGTH, dots_reach(self.width)) if self._transposed else (PEAK, float(VALUE_LEVELS))
+        kind, reach = (LENGTH, dots_reach(self.width)) if self.transposed else (PEAK, float(VALUE_LEVELS))
         if (bad := keep_rows(x, kind, reach, self._values, self._scales, first)) != OK:
             self._values[:, first:] = 0
             raise non_finite(self.name, bad)
         self._pads[:, first : first + count] = self._source.elements(self.heads * count, self.width).reshape(x.shape)
-        if self._transposed:
+        if self.transposed:
             self._keys[:, first : first + count] = self._source.elements(self._keys.shape[0], count)
         else:
             check_columns(self._values, self._pads, self._keys, first, first + count, self._sums)
@@ -200,7 +200,7 @@ class KeptRows:
             return
         for array in (self._values, self._pads, self._scales):
             array[:, rows : self.rows] = 0
-        if self._transposed:
+        if self.transposed:
             if self._summed[1] > rows:
                 self._sums[:], self._summed = 0, (0, 0)
             self._keys[:, rows : self.rows] = 0
@@ -226,13 +226,13 @@ class KeptRows:
             WireError: the product is beyond the limits of a request.
         """
         count, rows = self.rows - first, x.shape[0] // self.heads
-        shape = PairShape(self.heads, self.width, keep, self.rows - keep, first, self._transposed, rows)
+        shape = PairShape(self.heads, self.width, keep, self.rows - keep, first, self.transposed, rows)
         shape.check()
         if x.shape != (self.heads * rows, shape.d_in):
             raise BlindingError(
                 f"Rows of shape {x.shape} do not fit {count} rows of {self.heads} heads of {self.name}."
             )
-        kind, reach = (LENGTH, dots_reach(self.width)) if self._transposed else (SUM, sums_reach(count))
+        kind, reach = (LENGTH, dots_reach(self.width)) if self.transposed else (SUM, sums_reach(count))
         pad = self._source.elements(*x.shape)
         left = np.empty(x.shape, np.int32)
         scales = np.empty(x.shape[0], np.float64)
@@ -241,10 +241,10 @@ class KeptRows:
             pad.fill(0)
             raise non_finite(f"what multiplies {self.name}", bad)
         kept = self._values, self._pads, self._scales
-        keys = self._keys, self._check_sums(first) if self._transposed else self._sums
+        keys = self._keys, self._check_sums(first) if self.transposed else self._sums
         appended = self.blinded(keep, self.rows) if shape.append else None
         sent = left, pad, scales
-        return BlindedPair(Blinded(left, _MAKER), appended, shape, self.name, self._transposed, sent, kept, keys)
+        return BlindedPair(Blinded(left, _MAKER), appended, shape, self.name, self.transposed, sent, kept, keys)
 
     def _check_sums(self, first: int) -> Int32[np.ndarray, "checks heads width"]:
         """Returns `v[first:] @ (Y + S)[first:]`: grown by the rows that came, less those that a window left behind."""
@@ -265,7 +265,7 @@ class KeptRows:
         more = max(FIRST_ROWS, 1 << (rows - 1).bit_length()) - capacity
         self._values, self._pads = _grown(self._values, 1, more), _grown(self._pads, 1, more)
         self._scales = _grown(self._scales, 1, more)
-        if self._transposed:
+        if self.transposed:
             self._keys = _grown(self._keys, 1, more)
         else:
             self._sums = _grown(self._sums, 2, more)

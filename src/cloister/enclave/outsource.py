@@ -1,7 +1,8 @@
 """The gate: the one place where work leaves the enclave for an accelerator, and where answers come back.
 
 Covers: every linear layer of the model, one product at a time: take a pad, blind, lend, check, recover; what happens
-when the pantry is empty and when an accelerator fails.
+when the pantry is empty and when an accelerator fails; the crossing itself of products of two secrets, whose pads
+and checks are `enclave.masked_attention`'s.
 Guarantees: only `Blinded` rows and public weights reach an accelerator. Every attempt uses a fresh pad. An answer is
 copied into the enclave before it is checked, and nothing computed from it is used unless the check passed. After its
 first failure an accelerator is quarantined: it gets no more work. The numbers are the same, bit for bit, whichever
@@ -17,7 +18,7 @@ from enum import StrEnum
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from cloister.accelerator.api import Accelerator
+from cloister.accelerator.api import Accelerator, PairAccelerator
 from cloister.arith.team import Team
 from cloister.blinding.linear import LentLinear, Linear
 from cloister.blinding.mill import Mill
@@ -25,8 +26,12 @@ from cloister.blinding.pads import Pad
 from cloister.blinding.pantry import Pantry
 from cloister.enclave.schedule import Schedule
 from cloister.errors import AcceleratorError, BlindingError, PantryEmptyError
-from cloister.settings import OnFailure, Prefill, Settings, WhenEmpty
+from cloister.settings import AcceleratorSettings, OnFailure, Prefill, Settings, WhenEmpty
 from cloister.wire.messages import check_product
+from cloister.wire.pairs import MAX_OPERANDS, PairRequest, check_pair_answer
+
+Holder = PairAccelerator
+"""An accelerator that keeps one operand of products of two secrets."""
 
 
 class Fault(StrEnum):
@@ -64,6 +69,72 @@ class GateCounters:
     incidents: list[Incident] = field(default_factory=list)
 
 
+class Roster:
+    """The accelerators that are still trusted with work, in order of use: one list for everything that lends to them."""
+
+    def __init__(
+        self,
+        accelerators: Sequence[Accelerator],
+        settings: AcceleratorSettings,
+        on_incident: Callable[[Incident], None] | None = None,
+    ) -> None:
+        self.healthy = list(accelerators)
+        self.incidents: list[Incident] = []
+        self.timeout_seconds = settings.timeout_seconds
+        self._on_failure = settings.on_failure
+        self._on_incident = on_incident
+        self._pairs: list[Holder] = [one for one in accelerators if isinstance(one, PairAccelerator)]
+        self._operands = 0  # numbers that were ever given out
+        self._released: list[int] = []
+
+    def pair_accelerator(self) -> Holder | None:
+        """Returns the first that multiplies two blinded matrices, if any does."""
+        return next((one for one in self._pairs if one in self.healthy), None)
+
+    def new_operands(self, count: int) -> list[int] | None:
+        """Returns numbers for kept operands that nothing else of this roster uses; None if too few are left."""
+        if len(self._released) + MAX_OPERANDS - self._operands < count:
+            return None
+        while len(self._released) < count:
+            self._released.append(self._operands)
+            self._operands += 1
+        return [self._released.pop() for _ in range(count)]
+
+    def release(self, operand: int, holder: Holder | None) -> None:
+        """Lets the accelerator that keeps an operand forget it; the number may be used again."""
+        self._released.append(operand)
+        if holder is not None and holder in self.healthy:
+            try:
+                holder.release(operand, self.timeout_seconds)
+            except AcceleratorError as error:
+                self.quarantine(holder, f"operand {operand}", error)
+
+    def lend_pair(self, accelerator: Holder, request: PairRequest) -> Int32[np.ndarray, "heads rows d_out"]:
+        """Returns a private copy of the *unverified* product of two blinded matrices.
+
+        Raises:
+            AcceleratorError: it failed; the caller quarantines it.
+        """
+        answer = accelerator.multiply_pair(request, self.timeout_seconds)
+        check_pair_answer(answer, request.shape)
+        return np.array(answer)  # the accelerator can still write `answer`
+
+    def quarantine(self, accelerator: Accelerator, work: str, error: AcceleratorError) -> None:
+        """Gives an accelerator up after its failure at `work`; re-raises if the settings say to stop."""
+        self.healthy.remove(accelerator)
+        if self._on_failure is OnFailure.ENCLAVE:
+            self.healthy.clear()
+        stopped = self._on_failure is OnFailure.STOP
+        outcome = Fault.STOPPED if stopped else Fault.NEXT if self.healthy else Fault.ENCLAVE
+        incident = Incident(accelerator.name, work, error.message, outcome)
+        self.incidents.append(incident)
+        if self._on_incident is not None:
+            self._on_incident(incident)
+        accelerator.close()
+        if stopped:
+            raise error
+
+
 class Gate:
     """Computes linear layers, on an accelerator under pads where it may, in the enclave where it must."""
 
@@ -81,13 +152,14 @@ class Gate:
     ) -> None:
         """`schedule`: what the plan lets it lend; None: every linear with a public weight."""
         self.linears = tuple(linears)
-        self.counters = GateCounters()
-        self._healthy = list(accelerators)
+        self.roster = Roster(accelerators, settings.accelerator, on_incident)
+        """The accelerators, to be shared with whatever else lends to them."""
+        self.counters = GateCounters(incidents=self.roster.incidents)
+        self._healthy = self.roster.healthy
         self._pantry = pantry
         self._mill = mill
         self._settings = settings
         self._team = team
-        self._on_incident = on_incident
         self._weights = [linear.weight if isinstance(linear, LentLinear) else None for linear in self.linears]
         self._may = (schedule or Schedule.everything(self.linears)).allowed(self.linears)
         self._scratch = np.empty(0, np.int32)
@@ -129,7 +201,7 @@ class Gate:
             try:
                 self._lent(accelerator, index, pad, x, out)
             except AcceleratorError as error:
-                self._quarantine(accelerator, index, error)
+                self.roster.quarantine(accelerator, self.linears[index].name, error)
             else:
                 return
         self._computed_here(index, x, out)
@@ -192,18 +264,3 @@ class Gate:
                 return None
             self.counters.pads_made_late += tokens
             return self._pantry.make(index, tokens)
-
-    def _quarantine(self, accelerator: Accelerator, index: int, error: AcceleratorError) -> None:
-        self._healthy.remove(accelerator)
-        on_failure = self._settings.accelerator.on_failure
-        if on_failure is OnFailure.ENCLAVE:
-            self._healthy.clear()
-        stopped = on_failure is OnFailure.STOP
-        outcome = Fault.STOPPED if stopped else Fault.NEXT if self._healthy else Fault.ENCLAVE
-        incident = Incident(accelerator.name, self.linears[index].name, error.message, outcome)
-        self.counters.incidents.append(incident)
-        if self._on_incident is not None:
-            self._on_incident(incident)
-        accelerator.close()
-        if stopped:
-            raise error
