@@ -87,6 +87,16 @@ def sums_error(count: int) -> float:
     return (0.5 + count * VALUE_LEVELS / (2 * sums_reach(count))) / VALUE_LEVELS
 
 
+def attention_error(score: float, width: int, count: int) -> float:
+    """Returns the largest error of attention over `count` rows, as a share of their largest element.
+
+    `score`: the largest `|q| |k| / sqrt(width)`. Scores are off by at most `dots_error` of it, so softmax weights are by at most
+    a factor `e^(2 x)`; the rest is `sums_error`. The rounding of float32 itself comes on top.
+    """
+    factor = math.exp(2 * dots_error(width) * score)
+    return factor - 1 + factor * sums_error(count)
+
+
 @dataclass(slots=True)
 class BlindedPair:
     """One lent product: what to send and, privately, what checks the answer and takes the pads off, once."""

@@ -95,10 +95,11 @@ class Roster:
         """Returns numbers for kept operands that nothing else of this roster uses; None if too few are left."""
         if len(self._released) + MAX_OPERANDS - self._operands < count:
             return None
-        while len(self._released) < count:
-            self._released.append(self._operands)
+        numbers, self._released = self._released[:count], self._released[count:]
+        while len(numbers) < count:
+            numbers.append(self._operands)
             self._operands += 1
-        return [self._released.pop() for _ in range(count)]
+        return numbers
 
     def release(self, operand: int, holder: Holder | None) -> None:
         """Lets the accelerator that keeps an operand forget it; the number may be used again."""
