@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from cloister.audit.baselines.w8a8 import PlainGate
-from cloister.bench import fidelity, latency, load, products
+from cloister.bench import attention, fidelity, latency, load, products
 from cloister.bench.record import command_line
 from cloister.blinding.linear import LentLinear
 from tests.blinding.test_blinded_product import make_linear
@@ -45,6 +45,16 @@ def test_a_product_record_has_a_row_for_each_backend() -> None:
     record = products.run(True, QUIET)
     assert all(row.get("1 row GB/s", 1) > 0 for row in record.rows)
     assert len(record.rows) >= 2
+
+
+def test_an_attention_record_compares_and_stays_within_the_stated_error() -> None:
+    record = attention.run("1.1b", [], 1, True, QUIET)
+    own, lent = record.rows[:2]
+    assert lent["exchanges/token"] == 2 * record.settings["layers"]
+    assert lent["M multiplications/token"] > 2 * own["M multiplications/token"]
+    for context in record.settings["contexts"]:
+        error = record.facts[f"context {context}: largest error / largest value"]
+        assert 0 < error < record.facts[f"context {context}: largest error that is stated / largest value"]
 
 
 def test_the_ratios_are_those_of_the_results() -> None:

@@ -115,6 +115,26 @@ def leakage(
     record.show(stdout())
 
 
+@app.command("attention")
+def attention(
+    shape: Annotated[str, typer.Option("--shape", help="demo or 1.1b.")] = "1.1b",
+    contexts: Annotated[list[int], typer.Option("--context", help="Tokens of context; may be given several times.")] = [
+        128,
+        512,
+        2048,
+    ],
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Decoded tokens per measurement.")] = 16,
+    smoke: SmokeOption = False,
+    out: OutOption = Path("bench/results"),
+) -> None:
+    """Lent attention (pads on both operands) next to the enclave's own: time, CPU, bytes, multiplications, error."""
+    from cloister.bench.attention import run
+
+    record = run(shape, contexts, tokens, smoke, stderr())
+    record.write(out)
+    record.show(stdout())
+
+
 @app.command("all")
 def everything(smoke: SmokeOption = False, out: OutOption = Path("bench/results")) -> None:
     """Every benchmark, one after the other."""
@@ -123,6 +143,9 @@ def everything(smoke: SmokeOption = False, out: OutOption = Path("bench/results"
     load(8.0, smoke, out)
     startup(smoke, out)
     leakage("demo", None, None, smoke, out)
+    attention("1.1b", [128, 512, 2048], 16, smoke, out)
     latency("demo", 48, smoke, out)
+    plans("demo", smoke, out)
     if not smoke:
         latency("1.1b", 48, smoke, out)
+        plans("1.1b", smoke, out)
