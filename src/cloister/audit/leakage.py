@@ -35,6 +35,7 @@ from cloister.audit.weight_matching import (
     true_weight,
     undisguise,
 )
+from cloister.blinding.linear import LentLinear
 from cloister.blinding.pads import PadSource
 from cloister.blinding.pantry import Pantry
 from cloister.enclave.forward import Forward, LinearGate

@@ -17,7 +17,6 @@ from rich.console import Console
 from cloister.accelerator.shared import SharedMemoryAccelerator
 from cloister.arith.team import Team, usable_cores
 from cloister.assets import demo_model
-from cloister.bench.random_model import LLAMA_1_1B, SMOKE
 from cloister.bench.record import Record
 from cloister.bench.variant import cpu_seconds_of
 from cloister.blinding.bilinear import attention_error
@@ -28,6 +27,7 @@ from cloister.enclave.kvcache import PagedKVCache
 from cloister.enclave.masked_attention import MaskedAttention
 from cloister.enclave.outsource import Roster
 from cloister.errors import CloisterError
+from cloister.local.random_model import LLAMA_1_1B, SMOKE
 from cloister.model.directory import open_model
 from cloister.model.spec import ModelSpec
 from cloister.settings import AcceleratorSettings

@@ -118,11 +118,9 @@ def leakage(
 @app.command("attention")
 def attention(
     shape: Annotated[str, typer.Option("--shape", help="demo or 1.1b.")] = "1.1b",
-    contexts: Annotated[list[int], typer.Option("--context", help="Tokens of context; may be given several times.")] = [
-        128,
-        512,
-        2048,
-    ],
+    contexts: Annotated[
+        list[int] | None, typer.Option("--context", help="Tokens of context; repeatable. Default: 128, 512 and 2048.")
+    ] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Decoded tokens per measurement.")] = 16,
     smoke: SmokeOption = False,
     out: OutOption = Path("bench/results"),
@@ -130,7 +128,7 @@ def attention(
     """Lent attention (pads on both operands) next to the enclave's own: time, CPU, bytes, multiplications, error."""
     from cloister.bench.attention import run
 
-    record = run(shape, contexts, tokens, smoke, stderr())
+    record = run(shape, contexts or [128, 512, 2048], tokens, smoke, stderr())
     record.write(out)
     record.show(stdout())
 
@@ -143,7 +141,7 @@ def everything(smoke: SmokeOption = False, out: OutOption = Path("bench/results"
     load(8.0, smoke, out)
     startup(smoke, out)
     leakage("demo", None, None, smoke, out)
-    attention("1.1b", [128, 512, 2048], 16, smoke, out)
+    attention("1.1b", None, 16, smoke, out)
     latency("demo", 48, smoke, out)
     plans("demo", smoke, out)
     if not smoke:
