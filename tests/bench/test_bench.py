@@ -8,9 +8,10 @@ import pytest
 from rich.console import Console
 
 from cloister.audit.baselines.w8a8 import PlainGate
-from cloister.bench import attention, fidelity, latency, load, products
+from cloister.bench import attention, fidelity, latency, load, plans, products
 from cloister.bench.record import command_line
 from cloister.blinding.linear import LentLinear
+from cloister.plan.policies import POLICIES
 from tests.blinding.test_blinded_product import make_linear
 
 QUIET = Console(quiet=True)
@@ -30,7 +31,8 @@ def test_loading_grows_by_at_most_a_third_more_than_the_quantised_size() -> None
 
 def test_a_fidelity_record_meets_the_bars_on_the_demo_model(tmp_path: Path) -> None:
     record = fidelity.run("demo", None, True, QUIET)
-    _, int8, int8x2 = record.rows
+    _, int8, int8x2, quiet, _, loud = record.rows
+    assert int8["mean KL nats"] < quiet["mean KL nats"] < loud["mean KL nats"]  # what noise on the logits costs
     assert abs(int8["change %"]) < 0.1
     assert abs(int8x2["change %"]) < 0.001
     assert int8x2["mean KL nats"] < int8["mean KL nats"] / 100
@@ -93,3 +95,13 @@ def test_a_record_names_no_folder_of_this_machine() -> None:
         command_line(["bench", "--model", "/home/somebody/models/tiny", "-n", "3"])
         == "cloister bench --model tiny -n 3"
     )
+
+
+def test_every_policy_runs_and_is_timed_beside_its_prediction() -> None:
+    record = plans.run("demo", smoke=True, console=QUIET)
+    timed = {row["policy"]: row for row in record.rows}
+    assert set(timed) == set(POLICIES) - {"auto"}
+    assert all(row["measured ms"] > 0 for row in record.rows)
+    assert timed["blinded"]["predicted ms"] > 0
+    assert not timed["blinded"]["exposed"]
+    assert "prompt" in timed["shield-last"]["exposed"]

@@ -20,9 +20,13 @@ from cloister.enclave.forward import Forward
 from cloister.enclave.kvcache import PagedKVCache
 from cloister.enclave.outsource import Gate
 from cloister.enclave.prepare import prepare
+from cloister.enclave.release import Release
 from cloister.model.directory import ModelDirectory, open_model
 from cloister.model.llama import Llama
 from cloister.settings import BlindingSettings, Settings, Weights
+
+NOISES: Final = (0.1, 0.3, 1.0)
+"""Standard deviations of the noise on logits, in nats, whose effect is measured."""
 
 WINDOW: Final = 256
 """Tokens per window; each is scored with the context of its own window only."""
@@ -40,6 +44,21 @@ def run(model: str, text: Path | None, smoke: bool, console: Console) -> Record:
     losses = [cross_entropy(logits, window) for logits, window in zip(expected, windows, strict=True)]
     rows: list[dict[str, Any]] = [{"weights": "float32", "perplexity": perplexity(losses)}]
     base = perplexity(losses)
+    served: list[np.ndarray] = []
+
+    def score(label: str, actual: list[np.ndarray]) -> None:
+        losses = [cross_entropy(logits, window) for logits, window in zip(actual, windows, strict=True)]
+        agree = [float((e.argmax(axis=1) == a.argmax(axis=1)).mean()) for e, a in zip(expected, actual, strict=True)]
+        rows.append(
+            {
+                "weights": label,
+                "perplexity": perplexity(losses),
+                "change %": 100 * (perplexity(losses) / base - 1),
+                "mean KL nats": float(np.mean([kl(e, a) for e, a in zip(expected, actual, strict=True)])),
+                "same top token": float(np.mean(agree)),
+            }
+        )
+
     for weights in Weights:
         console.print(f"{weights.value} ...")
         forward = quantised(directory, weights)
@@ -47,12 +66,15 @@ def run(model: str, text: Path | None, smoke: bool, console: Console) -> Record:
         for window in windows:
             forward.truncate(0)
             actual.append(forward.run_all(window))
-        losses = [cross_entropy(logits, window) for logits, window in zip(actual, windows, strict=True)]
-        divergence = float(np.mean([kl(e, a) for e, a in zip(expected, actual, strict=True)]))
-        change = 100 * (perplexity(losses) / base - 1)
-        rows.append(
-            {"weights": weights.value, "perplexity": perplexity(losses), "change %": change, "mean KL nats": divergence}
-        )
+        score(weights.value, actual)
+        served = served or actual
+    for noise in NOISES:
+        release = Release(noise)
+        noisy = [
+            np.stack([release.apply(row, window[: at + 1]) for at, row in enumerate(logits)])
+            for logits, window in zip(served, windows, strict=True)
+        ]
+        score(f"int8, logit noise {noise}", noisy)
     name = path.resolve().name
     return Record(
         f"fidelity-{name}{'-smoke' if smoke else ''}",

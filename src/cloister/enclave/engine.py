@@ -19,8 +19,10 @@ from cloister.blinding.mill import Mill
 from cloister.blinding.pantry import Pantry
 from cloister.enclave.detokenise import StreamDecoder
 from cloister.enclave.forward import Forward, LinearGate
+from cloister.enclave.masked_attention import MaskedAttention, MaskedCounters
 from cloister.enclave.outsource import GateCounters
 from cloister.enclave.prepare import EnclaveModel
+from cloister.enclave.release import Release
 from cloister.enclave.sampling import Sampled, Sampler, SamplingSettings
 from cloister.enclave.stopping import StopDetector
 from cloister.errors import GenerationCancelled, RequestError
@@ -75,6 +77,7 @@ class Engine:
         *,
         mill: Mill | None = None,
         adapters: Mapping[str, Voice] | None = None,
+        release: Release | None = None,
     ) -> None:
         self.forward = forward
         self._gate = gate
@@ -82,6 +85,7 @@ class Engine:
         self._voices = {"": Voice(forward.model, gate, tokenizer, defaults), **(adapters or {})}
         self._voice = ""
         self._mill = mill
+        self.release = release or Release()
         self.cached: list[int] = []  # tokens whose keys and values are in the cache
 
     @property
@@ -100,6 +104,7 @@ class Engine:
             RequestError: the request is invalid, or longer than the context.
             AcceleratorError: the accelerators failed and the settings say to stop.
         """
+        self.release.check(request.sampling.top_logprobs)
         voice = self._find(request.adapter)
         tokens = self._encode(request, voice.tokenizer)
         settings = self._sampling(request.sampling, len(tokens), voice.defaults)
@@ -114,19 +119,21 @@ class Engine:
     def meter(self) -> Meter:
         """Returns the running totals of the gate and the pantry."""
         counters = self._gate.counters
+        attention = self.forward.attention
+        lent = attention.counters if isinstance(attention, MaskedAttention) else MaskedCounters()
         return Meter(
-            products=counters.products,
+            products=counters.products + lent.products,
             enclave_products=counters.enclave_products,
             rows=counters.rows,
-            bytes_sent=counters.bytes_sent,
-            bytes_received=counters.bytes_received,
+            bytes_sent=counters.bytes_sent + lent.bytes_sent,
+            bytes_received=counters.bytes_received + lent.bytes_received,
             pantry_tokens=self._pantry.level_tokens,
             pantry_capacity_tokens=self._pantry.capacity_tokens,
             pads_made_late=counters.pads_made_late,
-            blind_seconds=counters.blind_seconds,
-            lent_seconds=counters.lent_seconds,
-            recover_seconds=counters.recover_seconds,
-            enclave_seconds=counters.enclave_seconds,
+            blind_seconds=counters.blind_seconds + lent.blind_seconds,
+            lent_seconds=counters.lent_seconds + lent.lent_seconds,
+            recover_seconds=counters.recover_seconds + lent.recover_seconds,
+            enclave_seconds=counters.enclave_seconds + lent.enclave_seconds,
             cpu_seconds=time.process_time(),
             accelerators=self._gate.accelerators,
         )
@@ -260,12 +267,13 @@ class _Run:
     def _pass(self, tokens: list[int], sequence_length: int = 0) -> Float32[np.ndarray, " vocab"]:
         logits = self._engine.forward.run(tokens, sequence_length)
         self._engine.cached.extend(tokens)
-        return logits
+        return self._engine.release.apply(logits, self._engine.cached)
 
     def _delta(self, sampled: Sampled) -> tuple[Delta, bool]:
         text, stopped = self._stops.push(self._decoder.push(sampled.token))
         top = (sampled.top,) if sampled.top else ()
-        return Delta(text, (sampled.token,), (sampled.logprob,), top), stopped
+        logprobs = (sampled.logprob,) if self._engine.release.logprobs else ()
+        return Delta(text, (sampled.token,), logprobs, top), stopped
 
     def _rest(self) -> str:
         """Returns the text that was held back, up to a stop text that may be in it."""

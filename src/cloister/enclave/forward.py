@@ -104,6 +104,11 @@ class Forward:
         return self._model
 
     @property
+    def attention(self) -> Attention:
+        """What computes attention."""
+        return self._attention
+
+    @property
     def vocab_size(self) -> int:
         """How many logits a pass returns."""
         return self._model.spec.vocab_size

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from cloister.blinding.linear import LentLinear, Linear
 from cloister.plan.labels import Placement
+from cloister.plan.operators import Kind
 from cloister.plan.plan import Phase, Plan
 
 
@@ -17,11 +18,15 @@ class Schedule:
 
     prefill: frozenset[str]
     decode: frozenset[str]
+    attention: bool = False
+    """Whether QK^T and AV are lent, under pads on both operands."""
 
     @staticmethod
     def of(plan: Plan) -> "Schedule":
         """Returns the schedule of a sound plan."""
-        return Schedule(*(plan.groups(phase, Placement.BLINDED) for phase in (Phase.PREFILL, Phase.DECODE)))
+        prefill, decode = (plan.groups(phase, Placement.BLINDED) for phase in (Phase.PREFILL, Phase.DECODE))
+        attention = any(a.operator.kind is Kind.QK and a.decode is Placement.BLINDED for a in plan.assignments)
+        return Schedule(prefill, decode, attention)
 
     @staticmethod
     def everything(linears: Sequence[Linear]) -> "Schedule":
@@ -33,6 +38,11 @@ class Schedule:
     def lent(self) -> frozenset[str]:
         """The products that are lent in any phase: what pads are stocked for and accelerators are given."""
         return self.prefill | self.decode
+
+    @property
+    def uses_accelerators(self) -> bool:
+        """Whether anything at all is lent."""
+        return bool(self.lent) or self.attention
 
     def allowed(self, linears: Sequence[Linear]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
         """Returns whether each linear may be lent: for one row, and for many."""

@@ -20,11 +20,14 @@ from cloister.blinding.pantry import Pantry
 from cloister.enclave.engine import MeteredGate
 from cloister.enclave.forward import Forward
 from cloister.enclave.kvcache import PagedKVCache
+from cloister.enclave.masked_attention import MaskedAttention
 from cloister.enclave.outsource import Gate, Incident
 from cloister.enclave.prepare import EnclaveModel
+from cloister.enclave.release import Release
 from cloister.enclave.schedule import Schedule
 from cloister.errors import AcceleratorError
 from cloister.model.spec import ModelSpec
+from cloister.plan.labels import Asset, Party
 from cloister.plan.plan import InsecurePlan, Plan
 from cloister.settings import Prefill, Settings
 
@@ -82,11 +85,11 @@ def register(
             on_progress(done, len(weights))
 
 
-def lent_products(plan: Plan | InsecurePlan) -> frozenset[str]:
-    """Returns the products for which accelerators outside this process are needed, by name."""
+def outside(plan: Plan | InsecurePlan) -> Schedule:
+    """Returns what a plan lends to accelerators outside this process; the comparisons bring their own."""
     if isinstance(plan, InsecurePlan) or plan.policy == "slalom":
-        return frozenset()
-    return Schedule.of(plan).lent
+        return Schedule(frozenset(), frozenset())
+    return Schedule.of(plan)
 
 
 def assemble(
@@ -125,7 +128,17 @@ def assemble(
         model.linears, accelerators, pantry, settings,
         mill=mill, team=Team(usable_cores()), on_incident=on_incident, schedule=schedule,
     )  # fmt: skip
-    return Assembly(Forward(model, gate, cache, shape_hiding=settings.blinding.shape_hiding), gate, pantry, mill)
+    attention = None
+    if schedule.attention and accelerators:
+        attention = MaskedAttention(gate.roster, PadSource(), Team(usable_cores()), checks=settings.blinding.checks)
+    forward = Forward(model, gate, cache, shape_hiding=settings.blinding.shape_hiding, attention=attention)
+    return Assembly(forward, gate, pantry, mill)
+
+
+def release(plan: Plan | InsecurePlan, settings: Settings) -> Release:
+    """Returns what may leave of the logits: no log-probabilities if they are secret from clients, unless noise covers them."""
+    noise = settings.plan.logit_noise
+    return Release(noise, logprobs=noise > 0 or not plan.threat.is_secret(Asset.LOGITS, Party.CLIENT))
 
 
 def _comparison(

@@ -21,10 +21,10 @@ from cloister.enclave.prepare import prepare
 from cloister.enclave.session import Session, failure, report
 from cloister.errors import AcceleratorError, CloisterError, WireError
 from cloister.local.accelerators import open_accelerators
-from cloister.local.assembly import assemble, lent_products, register
+from cloister.local.assembly import assemble, outside, register, release
+from cloister.local.workbench import chosen_plan
 from cloister.model.directory import open_model
 from cloister.plan.plan import InsecurePlan, Plan
-from cloister.plan.planner import planned
 from cloister.settings import Settings, from_mapping
 from cloister.wire.session import Event, Open, Progress, Ready, Rehearsal, SessionSocket, Sightings
 
@@ -78,9 +78,9 @@ class EnclaveProcess:
         settings = from_mapping(Settings, request.settings)
         directory = open_model(Path(request.model))
         spec = directory.spec
-        plan = planned(spec, settings)
-        lent = lent_products(plan)
-        if lent:  # they start up while the model is read
+        plan = chosen_plan(spec, settings, partial(self._progress, "calibrating", "steps"))
+        schedule = outside(plan)
+        if schedule.uses_accelerators:  # they start up while the model is read
             self._accelerators = open_accelerators(settings.accelerator)
         source = PadSource()
         model = prepare(
@@ -90,7 +90,7 @@ class EnclaveProcess:
         )  # fmt: skip
         directory.checkpoint.close()
         staged, observer = rehearse(self._accelerators, request.rehearsal)
-        weights = [linear for linear in model.public_linears if linear.name in lent]
+        weights = [linear for linear in model.public_linears if linear.name in schedule.lent]
         register(staged, weights, self._given_up, partial(self._progress, "registering", "weights"))
         parts = assemble(
             model, plan, settings, staged, source,
@@ -98,7 +98,13 @@ class EnclaveProcess:
         )  # fmt: skip
         self._mill = parts.mill
         engine = Engine(
-            parts.forward, parts.gate, parts.pantry, directory.tokenizer, directory.defaults, mill=self._mill
+            parts.forward,
+            parts.gate,
+            parts.pantry,
+            directory.tokenizer,
+            directory.defaults,
+            mill=self._mill,
+            release=release(plan, settings),
         )
         self._session.send(
             Ready(

@@ -16,7 +16,7 @@ from cloister.arith.team import Team, usable_cores
 from cloister.blinding.pads import PadSource
 from cloister.enclave.prepare import EnclaveModel
 from cloister.local.accelerators import open_accelerators
-from cloister.local.assembly import assemble, lent_products
+from cloister.local.assembly import assemble, outside
 from cloister.local.calibrate import calibrate
 from cloister.local.random_model import random_model
 from cloister.model.spec import ModelSpec
@@ -71,7 +71,7 @@ class Workbench:
         if self._model.spec.layers < self._spec.layers:
             self.close()
             self._model = self._made(self._spec.layers)
-        lent = lent_products(plan)
+        lent = outside(plan).uses_accelerators
         per_token = sum(linear.pad_bytes for linear in self._model.public_linears)
         blinding = dataclasses.replace(
             self._settings.blinding, prefill=Prefill.ENCLAVE, pantry_bytes=per_token * (tokens + WARM_UP + 1)
@@ -115,3 +115,12 @@ class Workbench:
                 for linear in self._model.public_linears:
                     accelerator.register(linear.weight)
         return self._accelerators
+
+
+def chosen_plan(spec: ModelSpec, settings: Settings, report: Report | None = None) -> Plan | InsecurePlan:
+    """Returns the plan that `settings` ask for; the policy `auto` calibrates this machine first, which takes seconds."""
+    if settings.plan.policy != "auto":
+        return planned(spec, settings)
+    with Workbench(spec, settings) as bench:
+        calibration = bench.calibrate(report)
+    return planned(spec, settings, calibration=calibration)
