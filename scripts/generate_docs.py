@@ -123,6 +123,46 @@ def records() -> str:
     return "\n\n".join(parts) or "No record yet: run `make bench`."
 
 
+def baselines() -> str:
+    """Returns one row per insecure baseline: where it is from, what runs inside, what is seen, what was recovered."""
+    from cloister.audit.baselines.schemes import SCHEMES
+
+    path = ROOT / "bench" / "results" / "leakage-demo.json"
+    record = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    measured = {row["policy"].removesuffix(" (INSECURE)"): row for row in record["rows"]}
+    rows = [
+        {
+            "scheme": f"`{scheme.name}`",
+            "from": scheme.source,
+            "linears in the enclave": scheme.inside,
+            "what the accelerator sees, and the attack it falls to": scheme.exposes,
+            **_recovered(measured.get(scheme.name, {})),
+        }
+        for scheme in SCHEMES.values()
+    ]
+    sound = [
+        {"policy": f"`{name}`", **_recovered(measured.get(name, {}))} for name in ("blinded", "slalom", "enclave-only")
+    ]
+    guessing = next((_number(row["guessing %"]) for row in record["rows"] if row["guessing %"] != ""), "?")
+    facts = "".join(f"- {key}: **{_number(value)}**\n" for key, value in record.get("facts", {}).items())
+    return (
+        f"{_table(rows, 4)}\n\nThe same attacks on policies that expose no row (the most common token every time is right "
+        f"for {guessing} %):\n\n{_table(sound)}\n\n"
+        f"`{record.get('command', 'not measured yet')}`, `bench/results/{path.name}`:\n\n{facts}"
+    )
+
+
+def _recovered(row: dict[str, object]) -> dict[str, object]:
+    if not row:
+        return {}
+    read = f"{_number(row['tokens read %'])} %" if row["tokens read %"] != "" else "no row to attack"
+    return {
+        "prompt tokens read": read,
+        "bits per token, at least": row["bits per token"],
+        "private weights known": row["weights known"],
+    }
+
+
 def results() -> str:
     """Returns the one table for the README: decode of the 1.1-billion shape and the bars."""
     path = ROOT / "bench" / "results" / "latency-1.1b.json"
@@ -139,9 +179,10 @@ def results() -> str:
     )
 
 
-def _table(rows: list[dict[str, object]]) -> str:
+def _table(rows: list[dict[str, object]], words: int = 1) -> str:
+    """Returns a table whose first `words` columns are words, and whose others are numbers."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = ["| " + " | ".join(columns) + " |", "| --- " + "| ---: " * (len(columns) - 1) + "|"]
+    lines = ["| " + " | ".join(columns) + " |", "| --- " * words + "| ---: " * (len(columns) - words) + "|"]
     lines += ["| " + " | ".join(_number(row.get(column, "")) for column in columns) + " |" for row in rows]
     return "\n".join(lines)
 
@@ -159,6 +200,7 @@ BLOCKS = {
     "settings": settings,
     "cli": cli,
     "records": records,
+    "baselines": baselines,
     "results": results,
 }
 

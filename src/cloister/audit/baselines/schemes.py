@@ -63,7 +63,8 @@ SCHEMES: Final = {
             "shield-middle",
             "SOTER (ATC 2022), its choice of layers without its scaling, as evaluated by TEESlice (S&P 2024)",
             "the middle k layers",
-            "The first layers are exposed: prompts are read from the first one's rows by vocabulary search.",
+            "Layers before and after are exposed: prompts are read from the first layer's rows by vocabulary search "
+            "(or by a probe, if k leaves none before).",
             Shield.LAYERS,
         ),
         Scheme(
