@@ -10,7 +10,7 @@ import pytest
 from cloister.arith.team import Team
 from cloister.audit.baselines.exposure import ExposedAccelerator, ExposedWeight, ExposureObserver
 from cloister.audit.baselines.gate import BaselineGate, open_baseline
-from cloister.audit.baselines.products import MagnitudeProduct
+from cloister.audit.baselines.products import SPARSE_UP_TO, MagnitudeProduct
 from cloister.audit.baselines.schemes import SCHEMES
 from cloister.audit.baselines.slalom import open_slalom
 from cloister.audit.baselines.w8a8 import PlainGate, plain_product, quantize_by_maximum, rescale
@@ -36,6 +36,7 @@ EXPOSED = {
     ("shield-middle", 2): {0, 1, 2, 3, 12, 13, 14, 15, HEAD},
     ("shield-attention", None): {2, 3, 6, 7, 10, 11, 14, 15, HEAD},
     ("shield-magnitude", 0.25): ALL,
+    ("shield-magnitude", 0.004): ALL,
     ("public-backbone", None): ALL,
     ("obfuscated", None): ALL,
 }
@@ -129,13 +130,18 @@ def test_biases_and_second_planes_are_computed_too(
         np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_shielded_magnitudes_are_the_largest_and_exactly_as_many(team: Team, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("fraction", [0.2, SPARSE_UP_TO, 1e-6])
+def test_shielded_magnitudes_are_the_largest_and_exactly_as_many(
+    fraction: float, team: Team, rng: np.random.Generator
+) -> None:
     linear = make_linear(rng.normal(size=(30, 64)) * rng.uniform(0.1, 3, (30, 1)))
     observer = ExposureObserver()
-    product = MagnitudeProduct(7, linear, ExposedAccelerator(CONSENT, team, observer), 0.2)
+    product = MagnitudeProduct(7, linear, ExposedAccelerator(CONSENT, team, observer), fraction, team)
     exposed = observer.weights[7].matrix
     kept = exposed != linear.weight.matrix
-    assert product.shielded_weights == round(0.2 * exposed.size)
+    assert product.shielded_weights == max(1, round(fraction * exposed.size))
+    rows = rng.integers(-127, 128, (3, 64), dtype=np.int8)
+    np.testing.assert_array_equal(product(rows), plain_product(linear, rows, team))
     assert (exposed[kept] == 0).all()
     values = np.abs(linear.weight.matrix.astype(np.float64) * linear.scales.reshape(-1, 1))
     assert values[kept].min() >= values[exposed != 0].max() * (1 - 1e-6)

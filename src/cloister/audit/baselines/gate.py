@@ -147,7 +147,7 @@ def open_baseline(  # noqa: PLR0913 (the names of one call site, each needed by 
         if index in inside or not isinstance(linear, LentLinear):
             return EnclaveProduct(linear, team)
         if name == "shield-magnitude":
-            return MagnitudeProduct(index, linear, accelerator, amount)
+            return MagnitudeProduct(index, linear, accelerator, amount, team)
         if name == "obfuscated":
             return ObfuscatedProduct(index, linear, accelerator, secrets)
         return ExposedProduct(index, linear, accelerator)

@@ -4,17 +4,21 @@ Guarantees: every way returns the same integers as `w8a8.plain_product`, exactly
 Does not cover: secrecy. Each class says what it exposes; `schemes` says which attack that falls to.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int8, Int32, Int64
 
 from cloister.arith.jit import compiled
+from cloister.arith.product import int8_product
 from cloister.arith.team import Team
 from cloister.audit.baselines.exposure import ExposedAccelerator, ExposedWeight
 from cloister.audit.baselines.w8a8 import plain_product
 from cloister.blinding.linear import LentLinear, Linear
 from cloister.blinding.pads import PadSource
+
+SPARSE_UP_TO: Final = 0.01
+"""Largest shielded fraction that is computed weight by weight: at 10 %, that takes 13 times a dense int8 product."""
 
 
 @runtime_checkable
@@ -61,34 +65,67 @@ class ExposedProduct:
 
 
 class MagnitudeProduct:
-    """The largest weights stay in the enclave as a sparse part; the accelerator has the rest, and every row.
+    """The largest weights stay in the enclave, apart from the rest; the accelerator has the rest, and every row.
 
-    "Large" is by |quantised weight x its scale|; exactly `round(fraction * size)` weights stay, at least one.
+    "Large" is by |quantised weight x its scale|; exactly `round(fraction * size)` weights stay, at least one. The enclave
+    computes its share from a list of weights if they are few, and else, which is faster, as a product with zeros in it.
     """
 
     exposed = True
 
-    def __init__(self, index: int, linear: LentLinear, accelerator: ExposedAccelerator, fraction: float) -> None:
+    def __init__(
+        self, index: int, linear: LentLinear, accelerator: ExposedAccelerator, fraction: float, team: Team | None
+    ) -> None:
         matrix = linear.weight.matrix
         kept = largest(matrix, linear.scales.reshape(-1, 1), fraction)
-        self._starts = np.concatenate([[0], np.cumsum(kept.sum(axis=1))]).astype(np.int64)
-        self._columns = np.nonzero(kept)[1].astype(np.int32)
-        self._values = matrix[kept]
+        few = fraction <= SPARSE_UP_TO
+        self._inside: _SparseShare | _DenseShare = (
+            _SparseShare(matrix, kept, team) if few else _DenseShare(matrix, kept, team)
+        )
+        self.shielded_weights = int(np.count_nonzero(kept))
+        """How many weights stay in the enclave."""
         rest = np.where(kept, np.int8(0), matrix)
         self._index = index
         self._accelerator = accelerator
         accelerator.register(index, ExposedWeight(linear.name, rest, linear.scales.reshape(-1)))
 
-    @property
-    def shielded_weights(self) -> int:
-        """How many weights stay in the enclave."""
-        return int(self._values.size)
-
     def __call__(self, rows: Int8[np.ndarray, "tokens d_in"]) -> Int32[np.ndarray, "tokens outputs"]:
-        """Returns the product: the accelerator's share, and the sparse share on top."""
+        """Returns the product: the accelerator's share, and the enclave's on top."""
         product = self._accelerator.multiply(self._index, rows)
-        _add_sparse(self._starts, self._columns, self._values, rows, product)
+        self._inside.add(rows, product)
         return product
+
+
+class _SparseShare:
+    """Weights as a list per output."""
+
+    def __init__(self, matrix: np.ndarray, kept: np.ndarray, team: Team | None) -> None:
+        self._starts = np.concatenate([[0], np.cumsum(kept.sum(axis=1))]).astype(np.int64)
+        self._columns = np.nonzero(kept)[1].astype(np.int32)
+        self._values = matrix[kept]
+        self._team = team
+
+    def add(self, rows: np.ndarray, out: np.ndarray) -> None:
+        def loop(start: int, stop: int) -> None:
+            _add_sparse(self._starts, self._columns, self._values, rows, out, start, stop)
+
+        if self._team is None:
+            loop(0, out.shape[1])
+        else:
+            self._team.run(loop, out.shape[1])
+
+
+class _DenseShare:
+    """Weights in a matrix that is zero elsewhere."""
+
+    def __init__(self, matrix: np.ndarray, kept: np.ndarray, team: Team | None) -> None:
+        self._matrix = np.where(kept, matrix, np.int8(0))
+        self._team = team
+
+    def add(self, rows: np.ndarray, out: np.ndarray) -> None:
+        share = np.empty_like(out)
+        int8_product(self._matrix, rows, share, self._team)
+        out += share
 
 
 class ObfuscatedProduct:
@@ -135,9 +172,9 @@ def _permutation(length: int, source: PadSource) -> Int64[np.ndarray, " length"]
 
 
 @compiled
-def _add_sparse(starts, columns, values, rows, out):  # type: ignore[no-untyped-def]
+def _add_sparse(starts, columns, values, rows, out, first, last):  # type: ignore[no-untyped-def]
     for t in range(rows.shape[0]):
-        for j in range(out.shape[1]):
+        for j in range(first, last):
             total = np.int32(0)
             for i in range(starts[j], starts[j + 1]):
                 total += np.int32(values[i]) * np.int32(rows[t, columns[i]])
