@@ -102,7 +102,7 @@ def test_no_input_can_wrap(keys: bool, count: int) -> None:
     pair = kept.pair(x, 0, 0)
     answer = InProcessAccelerator().multiply_pair(pair.request(0), SECONDS)
     assert pair._sent is not None
-    values, pads, _ = pair._kept
+    values, pads = kept._rows
     whole = values[0, : kept.rows].astype(np.int64), pads[0, : kept.rows]
     right = (whole[0].T, whole[1].T) if keys else whole
     integers = slow.recover(answer[0], pair._sent[0], pair._sent[1], *right)
@@ -140,7 +140,7 @@ def test_every_step_equals_its_twin_bit_for_bit(
     pair = kept.pair(x, 0, 0)
     assert pair._sent is not None
     left, pad, scales = (a.copy() for a in pair._sent)
-    values, pads, row_scales = pair._kept
+    (values, pads), row_scales = kept._rows, kept._scales
     for h in range(heads):
         expected, their_scales = slow.quantize(
             y[h], "length" if keys else "peak", dots_reach(width) if keys else 2048.0
@@ -214,11 +214,11 @@ def test_a_left_pad_serves_one_attempt_and_is_gone_afterwards(rng: np.random.Gen
 @pytest.mark.parametrize("keys", [True, False])
 def test_cut_rows_are_zeroed(keys: bool, rng: np.random.Generator) -> None:
     kept = make_kept(keys, rng.normal(size=(2, 20, 8)).astype(np.float32))
-    old = kept._values, kept._pads
+    old = kept._stored
     kept.append(rng.normal(size=(2, 100, 8)).astype(np.float32))
     assert not any(array.any() for array in old), "memory that was outgrown holds nothing"
     kept.cut(3)
-    for array in (kept._values, kept._pads, kept._scales):
+    for array in (*kept._rows, kept._scales):
         assert array[:, :3].any()
         assert not array[:, 3:].any()
 

@@ -54,6 +54,9 @@ VALUE_LEVELS: Final = 2**11
 FIRST_ROWS: Final = 64
 """Rows of each head that a new operand has room for; it doubles when it is full."""
 
+TEAM_WORK: Final = 2**19
+"""Multiplications below which a loop stays on one thread: waking another takes as long."""
+
 _INT16_MAX: Final = 2**15 - 1
 
 
@@ -144,6 +147,7 @@ class BlindedPair:
             bad = _split(
                 lambda start, stop: kernel(unverified, sent, self._kept, self._keys, wanted, out, start, stop),
                 shape.heads * shape.rows,
+                shape.heads * shape.rows * shape.d_in * shape.d_out,
                 team,
             )
         finally:
@@ -163,8 +167,9 @@ class KeptRows:
         """Use `kept_keys` or `kept_values`."""
         self.name, self.heads, self.width, self.rows = name, heads, width, 0
         self.transposed, self._source = transposed, source
-        self._values: Int16[np.ndarray, "heads capacity width"] = np.zeros((heads, 0, width), np.int16)
-        self._pads: Int32[np.ndarray, "heads capacity width"] = np.zeros((heads, 0, width), np.int32)
+        # Columns side by side for dot products, rows for sums: the order in which the pads are taken off.
+        shape = (heads, width, 0) if transposed else (heads, 0, width)
+        self._stored = np.zeros(shape, np.int16), np.zeros(shape, np.int32)
         self._scales: Float64[np.ndarray, "heads capacity"] = np.zeros((heads, 0), np.float64)
         # For dot products an element of v belongs to a row, and (Y + S) v is one vector; for sums it is the other way round.
         if transposed:
@@ -176,9 +181,15 @@ class KeptRows:
             self._sums = np.zeros((checks, heads, 0), np.int32)
 
     @property
+    def _rows(self) -> tuple[Int16[np.ndarray, "heads capacity width"], Int32[np.ndarray, "heads capacity width"]]:
+        """The quantised rows and their pads, row by row whichever way they are stored."""
+        values, pads = self._stored
+        return (values.transpose(0, 2, 1), pads.transpose(0, 2, 1)) if self.transposed else (values, pads)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of enclave memory."""
-        return sum(a.nbytes for a in (self._values, self._pads, self._scales, self._keys, self._sums))
+        return sum(a.nbytes for a in (*self._stored, self._scales, self._keys, self._sums))
 
     @property
     def scales(self) -> Float64[np.ndarray, "heads rows"]:
@@ -194,21 +205,22 @@ class KeptRows:
         first, count = self.rows, x.shape[1]
         self._reserve(first + count)
         kind, reach = (LENGTH, dots_reach(self.width)) if self.transposed else (PEAK, float(VALUE_LEVELS))
-        if (bad := keep_rows(x, kind, reach, self._values, self._scales, first)) != OK:
-            self._values[:, first:] = 0
+        values, pads = self._rows
+        if (bad := keep_rows(x, kind, reach, values, self._scales, first)) != OK:
+            values[:, first:] = 0
             raise non_finite(self.name, bad)
-        self._pads[:, first : first + count] = self._source.elements(self.heads * count, self.width).reshape(x.shape)
+        pads[:, first : first + count] = self._source.elements(self.heads * count, self.width).reshape(x.shape)
         if self.transposed:
             self._keys[:, first : first + count] = self._source.elements(self._keys.shape[0], count)
         else:
-            check_columns(self._values, self._pads, self._keys, first, first + count, self._sums)
+            check_columns(values, pads, self._keys, first, first + count, self._sums)
         self.rows += count
 
     def cut(self, rows: int) -> None:
         """Forgets all but the first `rows` rows; what is cut off is zeroed, and never blinded again."""
         if rows >= self.rows:
             return
-        for array in (self._values, self._pads, self._scales):
+        for array in (*self._rows, self._scales):
             array[:, rows : self.rows] = 0
         if self.transposed:
             if self._summed[1] > rows:
@@ -223,7 +235,7 @@ class KeptRows:
         if not 0 <= first < stop <= self.rows:
             raise BlindingError(f"{self.name} keeps {self.rows} rows: there are no rows {first} to {stop}.")
         out = np.empty((self.heads * (stop - first), self.width), np.int32)
-        blind_kept(self._values, self._pads, first, stop, out)
+        blind_kept(*self._rows, first, stop, out)
         return Blinded(out, _MAKER)
 
     def pair(self, x: Float32[np.ndarray, "n inner"], first: int, keep: int, team: Team | None = None) -> BlindedPair:
@@ -246,11 +258,11 @@ class KeptRows:
         pad = self._source.elements(*x.shape)
         left = np.empty(x.shape, np.int32)
         scales = np.empty(x.shape[0], np.float64)
-        bad = _split(lambda a, b: blind_left(x, kind, reach, pad, left, scales, a, b), x.shape[0], team)
+        bad = _split(lambda a, b: blind_left(x, kind, reach, pad, left, scales, a, b), x.shape[0], x.size, team)
         if bad != OK:
             pad.fill(0)
             raise non_finite(f"what multiplies {self.name}", bad)
-        kept = self._values, self._pads, self._scales
+        kept = (*self._stored, self._scales)
         keys = self._keys, self._check_sums(first) if self.transposed else self._sums
         appended = self.blinded(keep, self.rows) if shape.append else None
         sent = left, pad, scales
@@ -262,18 +274,20 @@ class KeptRows:
         if first < start or first >= stop:
             self._sums[:] = 0
             start = stop = first
-        parts = self._values, self._pads, self._keys
+        parts = (*self._rows, self._keys)
         add_check_rows(*parts, start, first, -1, self._sums)
         add_check_rows(*parts, stop, self.rows, 1, self._sums)
         self._summed = (first, self.rows)
         return self._sums
 
     def _reserve(self, rows: int) -> None:
-        capacity = self._values.shape[1]
+        capacity = self._scales.shape[1]
         if rows <= capacity:
             return
         more = max(FIRST_ROWS, 1 << (rows - 1).bit_length()) - capacity
-        self._values, self._pads = _grown(self._values, 1, more), _grown(self._pads, 1, more)
+        values, pads = self._stored
+        axis = 2 if self.transposed else 1
+        self._stored = _grown(values, axis, more), _grown(pads, axis, more)
         self._scales = _grown(self._scales, 1, more)
         if self.transposed:
             self._keys = _grown(self._keys, 1, more)
@@ -312,14 +326,14 @@ def _grown(array: Any, axis: int, more: int) -> Any:
     return grown
 
 
-def _split(loop: Callable[[int, int], int], total: int, team: Team | None) -> int:
-    """Runs a loop over rows on a team; returns OK, or the first of the bad rows that its parts found."""
+def _split(loop: Callable[[int, int], int], total: int, work: int, team: Team | None) -> int:
+    """Runs a loop over rows, on a team if it is worth the hand-off; returns OK, or the first bad row that a part found."""
     found: list[int] = []
 
     def part(start: int, stop: int) -> None:
         found.append(loop(start, stop))
 
-    if team is None:
+    if team is None or work < TEAM_WORK:
         part(0, total)
     else:
         team.run(part, total)

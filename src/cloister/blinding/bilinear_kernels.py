@@ -1,7 +1,8 @@
 """The compiled loops of a product of two secrets: keep rows, blind rows, verify and recover. All of them in the field.
 
 Covers: speed. Each kernel has a slow twin in `blinding.bilinear_reference`, and the tests hold them equal bit for bit.
-Assumes: every array is private memory of the enclave, as for `blinding.kernels`. Arrays are contiguous.
+Assumes: every array is private memory of the enclave, as for `blinding.kernels`. Arrays are contiguous, but for
+the kept rows of `keep_rows`, `blind_kept` and the checks, which may be a view of columns.
 """
 
 import math
@@ -10,8 +11,11 @@ import numpy as np
 
 from cloister.arith.jit import compiled
 from cloister.arith.modulus import HALF
-from cloister.arith.pair_kernels import add_weighted_rows, centred, field_dot, fold
+from cloister.arith.pair_kernels import centred, field_dot, fold
 from cloister.blinding.kernels import OK, centre_sum, sum_of_squares
+
+COLUMNS = 512
+"""Columns whose sums are made at once: they stay in the first-level cache."""
 
 LENGTH, PEAK, SUM = 0, 1, 2
 """How a row is measured: Euclidean norm, largest absolute element, sum of absolute elements."""
@@ -118,29 +122,49 @@ def right_row(answer, left, answer_keys, left_keys):  # type: ignore[no-untyped-
 
 
 @compiled
-def _correction(left, pads, pad, values):  # type: ignore[no-untyped-def]
-    """Returns `left . pads + pad . values`, modulo P: what a blinded dot product has too much."""
-    length = left.shape[0]
-    quarter = length // 4
-    a0, a1, a2, a3 = left[:quarter], left[quarter:], left[2 * quarter :], left[3 * quarter :]
-    b0, b1, b2, b3 = pads[:quarter], pads[quarter:], pads[2 * quarter :], pads[3 * quarter :]
-    c0, c1, c2, c3 = pad[:quarter], pad[quarter:], pad[2 * quarter :], pad[3 * quarter :]
-    d0, d1, d2, d3 = values[:quarter], values[quarter:], values[2 * quarter :], values[3 * quarter :]
-    total = np.int64(0)
-    for k in range(quarter):  # four products below 2^60 and four below 2^45
-        total += fold(
-            np.int64(a0[k]) * np.int64(b0[k])
-            + np.int64(a1[k]) * np.int64(b1[k])
-            + np.int64(a2[k]) * np.int64(b2[k])
-            + np.int64(a3[k]) * np.int64(b3[k])
-            + np.int64(c0[k]) * np.int64(d0[k])
-            + np.int64(c1[k]) * np.int64(d1[k])
-            + np.int64(c2[k]) * np.int64(d2[k])
-            + np.int64(c3[k]) * np.int64(d3[k])
-        )
-    for k in range(4 * quarter, length):
-        total += fold(np.int64(left[k]) * np.int64(pads[k]) + np.int64(pad[k]) * np.int64(values[k]))
-    return total
+def _add_rows(sent, kept, first, totals):  # type: ignore[no-untyped-def]
+    """Adds `left @ pads[first:] + pad @ values[first:]` modulo P to `totals`, int64 [width]: what a product has too much.
+
+    Four products below 2^60 and four below 2^45 are added before a fold. left, pad [n]; pads, values [capacity, width].
+    """
+    (left, pad), (pads, values) = sent, kept
+    whole, width = left.shape[0] - left.shape[0] % 4, totals.shape[0]
+    for j in range(0, whole, 4):
+        a0, a1, a2, a3 = np.int64(left[j]), np.int64(left[j + 1]), np.int64(left[j + 2]), np.int64(left[j + 3])
+        b0, b1, b2, b3 = np.int64(pad[j]), np.int64(pad[j + 1]), np.int64(pad[j + 2]), np.int64(pad[j + 3])
+        i = first + j
+        p0, p1, p2, p3 = pads[i], pads[i + 1], pads[i + 2], pads[i + 3]
+        y0, y1, y2, y3 = values[i], values[i + 1], values[i + 2], values[i + 3]
+        for k in range(width):
+            part = a0 * np.int64(p0[k]) + a1 * np.int64(p1[k]) + a2 * np.int64(p2[k]) + a3 * np.int64(p3[k])
+            part += b0 * np.int64(y0[k]) + b1 * np.int64(y1[k]) + b2 * np.int64(y2[k]) + b3 * np.int64(y3[k])
+            totals[k] += fold(part)
+    for j in range(whole, left.shape[0]):
+        a0, b0, p0, y0 = np.int64(left[j]), np.int64(pad[j]), pads[first + j], values[first + j]
+        for k in range(width):
+            totals[k] += fold(a0 * np.int64(p0[k]) + b0 * np.int64(y0[k]))
+
+
+@compiled
+def _add_columns(sent, kept, first, totals):  # type: ignore[no-untyped-def]
+    """As `_add_rows`, with pads and values [width, capacity] and `totals` for columns from `first` on."""
+    (left, pad), (pads, values) = sent, kept
+    whole, count = left.shape[0] - left.shape[0] % 4, totals.shape[0]
+    last = first + count
+    for j in range(0, whole, 4):
+        a0, a1, a2, a3 = np.int64(left[j]), np.int64(left[j + 1]), np.int64(left[j + 2]), np.int64(left[j + 3])
+        b0, b1, b2, b3 = np.int64(pad[j]), np.int64(pad[j + 1]), np.int64(pad[j + 2]), np.int64(pad[j + 3])
+        p0, p1, p2, p3 = pads[j, first:last], pads[j + 1, first:last], pads[j + 2, first:last], pads[j + 3, first:last]
+        y0, y1 = values[j, first:last], values[j + 1, first:last]
+        y2, y3 = values[j + 2, first:last], values[j + 3, first:last]
+        for k in range(count):
+            part = a0 * np.int64(p0[k]) + a1 * np.int64(p1[k]) + a2 * np.int64(p2[k]) + a3 * np.int64(p3[k])
+            part += b0 * np.int64(y0[k]) + b1 * np.int64(y1[k]) + b2 * np.int64(y2[k]) + b3 * np.int64(y3[k])
+            totals[k] += fold(part)
+    for j in range(whole, left.shape[0]):
+        a0, b0, p0, y0 = np.int64(left[j]), np.int64(pad[j]), pads[j, first:last], values[j, first:last]
+        for k in range(count):
+            totals[k] += fold(a0 * np.int64(p0[k]) + b0 * np.int64(y0[k]))
 
 
 @compiled
@@ -148,7 +172,7 @@ def open_dots(answer, sent, kept, keys, spans, out, start, stop):  # type: ignor
     """Verifies rows [start, stop), counted over all heads, of `left @ kept^T`, and takes the pads off within their spans.
 
     answer int32 [heads, rows, n]; sent: left and its pad, int32 [heads * rows, width], and its scales, float64;
-    kept: values int16 and pads int32 [heads, capacity, width], scales float64 [heads, capacity];
+    kept: values int16 and pads int32 [heads, width, capacity], columns side by side, scales float64 [heads, capacity];
     keys: int32 [checks, capacity] and their sums [checks, heads, width]; spans int32 [3, rows]: the first kept row of the
     product, then per row the first column that is wanted and the one after the last; out float32 [heads, rows, n].
     Returns OK, or the first row whose answer is wrong or not canonical.
@@ -158,14 +182,20 @@ def open_dots(answer, sent, kept, keys, spans, out, start, stop):  # type: ignor
     answer_keys, left_keys = keys
     rows, count = answer.shape[1], answer.shape[2]
     first = spans[0, 0]
+    totals = np.empty(COLUMNS, np.int64)
     for index in range(start, stop):
         h, i = index // rows, index % rows
         for c in range(answer_keys.shape[0]):
             if not right_row(answer[h, i], left[index], answer_keys[c, first : first + count], left_keys[c, h]):
                 return index
-        for j in range(spans[1, i], spans[2, i]):
-            extra = _correction(left[index], pads[h, first + j], pad[index], values[h, first + j])
-            out[h, i, j] = centred(np.int64(answer[h, i, j]) - extra) * (left_scales[index] * scales[h, first + j])
+        for begin in range(spans[1, i], spans[2, i], COLUMNS):
+            end = min(begin + COLUMNS, spans[2, i])
+            part = totals[: end - begin]
+            part[:] = 0
+            _add_columns((left[index], pad[index]), (pads[h], values[h]), first + begin, part)
+            answers, results, factors = answer[h, i, begin:end], out[h, i, begin:end], scales[h, first + begin :]
+            for j in range(end - begin):
+                results[j] = centred(np.int64(answers[j]) - part[j]) * (left_scales[index] * factors[j])
     return OK
 
 
@@ -190,8 +220,7 @@ def open_sums(answer, sent, kept, keys, spans, out, start, stop):  # type: ignor
             if not right_row(answer[h, i], left[index], answer_keys[c], expected):
                 return index
         totals[:] = 0
-        add_weighted_rows(left[index], pads[h], first, totals)
-        add_weighted_rows(pad[index], values[h], first, totals)
+        _add_rows((left[index], pad[index]), (pads[h], values[h]), first, totals)
         scale = left_scales[index]
         for k in range(width):
             out[h, i, k] = centred(np.int64(answer[h, i, k]) - totals[k]) * scale

@@ -25,7 +25,7 @@ from jaxtyping import Float32, Int32
 
 from cloister.arith.modulus import MAX_D_IN
 from cloister.arith.team import Team
-from cloister.blinding.bilinear import BlindedPair, KeptRows, kept_keys, kept_values
+from cloister.blinding.bilinear import TEAM_WORK, BlindedPair, KeptRows, kept_keys, kept_values
 from cloister.blinding.pads import PadSource
 from cloister.enclave.kernels import attention as fused_attention
 from cloister.enclave.masked_kernels import gather_rows, weigh
@@ -286,9 +286,9 @@ class MaskedAttention:
         width: int,
     ) -> None:
         started = time.perf_counter()
-        factors = np.ascontiguousarray(scales)
+        factors = scales.astype(np.float32)
         total = scores.shape[0] * scores.shape[1]
-        if self._team is None:
+        if self._team is None or scores.size < TEAM_WORK:
             weigh(scores, spans, factors, width, 0, total)
         else:
             self._team.run(lambda a, b: weigh(scores, spans, factors, width, a, b), total)

@@ -26,24 +26,24 @@ def gather_rows(pool, where, first, out):  # type: ignore[no-untyped-def]
 def weigh(scores, spans, value_scales, head_dim, start, stop):  # type: ignore[no-untyped-def]
     """Turns scores into weights of the kept values, in place: softmax within each row's span, times the values' scales.
 
-    scores float32 [kv_heads, rows, n]; spans int32 [2, rows]; value_scales float64 [kv_heads, n]. Outside its span a row
+    scores float32 [kv_heads, rows, n]; spans int32 [2, rows]; value_scales float32 [kv_heads, n]. Outside its span a row
     becomes zero. Rows [start, stop) are counted over all heads.
     """
     rows = scores.shape[1]
     scale = np.float32(1.0 / math.sqrt(head_dim))
     for index in range(start, stop):
         h, i = index // rows, index % rows
-        row, first, last = scores[h, i], spans[0, i], spans[1, i]
-        peak = row[first]
-        for j in range(first, last):
+        first, last = spans[0, i], spans[1, i]
+        scores[h, i, :first] = np.float32(0.0)
+        scores[h, i, last:] = np.float32(0.0)
+        row, factors = scores[h, i, first:last], value_scales[h, first:last]
+        peak = row[0]
+        for j in range(row.shape[0]):
             peak = max(peak, row[j])
         total = np.float32(0.0)
-        for j in range(first, last):
+        for j in range(row.shape[0]):
             row[j] = exponential((row[j] - peak) * scale)
             total += row[j]
         inverse = np.float32(1.0) / total
-        row[:first] = np.float32(0.0)
-        row[last:] = np.float32(0.0)
-        factors = value_scales[h]
-        for j in range(first, last):
-            row[j] = row[j] * inverse * np.float32(factors[j])
+        for j in range(row.shape[0]):
+            row[j] = row[j] * inverse * factors[j]
