@@ -94,6 +94,12 @@ def test_a_caller_who_stops_listening_stops_the_work(llm: LLM, expected: str) ->
     assert llm.chat(CHAT, **GREEDY).text == expected
 
 
+def test_dropping_the_last_reply_leaves_the_next_one_alone(llm: LLM, expected: str) -> None:
+    for _ in range(3):
+        reply = llm.chat(CHAT, **GREEDY)  # frees the one before, while this one is being generated
+        assert reply.text == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [

@@ -1,17 +1,20 @@
 """`cloister chat`: a conversation on the terminal."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
 from cloister.cli import options as o
-from cloister.cli.display import Display, stderr, stdout, summary_text
+from cloister.cli.display import Display, human_bytes, stderr, stdout, summary_text
 from cloister.cli.session import cancellable, loaded, stream
 from cloister.errors import GenerationError
 from cloister.local.client import LLM
 
-HELP = "/reset forgets the conversation · /status shows the totals · /exit or Ctrl-D leaves · Ctrl-C stops an answer"
+HELP = (
+    "/reset forgets the conversation · /adapter NAME switches (base: none) · /status shows the totals · /exit or Ctrl-D "
+    "leaves · Ctrl-C stops an answer"
+)
 
 
 def chat(
@@ -38,6 +41,8 @@ def chat(
     on_failure: o.OnFailureOption = None,
     timeout: o.TimeoutOption = None,
     context: o.ContextOption = None,
+    adapter: o.AdapterOption = None,
+    use: o.UseOption = None,
     quiet: o.QuietOption = False,
 ) -> None:
     """Talk to a model. Earlier turns stay in the enclave's KV cache; Ctrl-C stops an answer, not the session.
@@ -50,9 +55,11 @@ def chat(
     )
     sampling = o.sampling(max_tokens, temperature, top_k, top_p, min_p, seed, None)
     display = Display(quiet)
-    with loaded(model, runtime.settings(), display) as llm:
-        if not llm.info.has_chat_template:
-            llm.chat([{"role": "user", "content": "?"}]).text  # noqa: B018 - raises the error with its remedy
+    adapters = o.adapters(adapter)
+    voice = o.adapter_in_use(use, adapters)
+    with loaded(model, runtime.settings(), display, adapters=adapters) as llm:
+        if not _has_template(llm, voice):
+            llm.chat([{"role": "user", "content": "?"}], adapter=voice).text  # noqa: B018 - raises the error with its remedy
         if not quiet:
             info = llm.info
             stderr().print(
@@ -60,15 +67,24 @@ def chat(
             )
             stderr().print(Text(f"enclave: {info.tee}", style="yellow"))
             stderr().print(Text(HELP, style="dim"))
-        Conversation(llm, display, sampling, system, quiet).run()
+            for line in adapter_texts(llm, voice):
+                stderr().print(line)
+        Conversation(llm, display, sampling, system, quiet, voice).run()
 
 
 class Conversation:
     """The turns of a chat and the loop that adds to them."""
 
     def __init__(
-        self, llm: LLM, display: Display, sampling: dict[str, object], system: str | None, quiet: bool
+        self,
+        llm: LLM,
+        display: Display,
+        sampling: dict[str, Any],
+        system: str | None,
+        quiet: bool,
+        adapter: str = "",
     ) -> None:
+        self._adapter = adapter
         self._llm = llm
         self._display = display
         self._sampling = sampling
@@ -96,14 +112,29 @@ class Conversation:
                 stderr().print_json(data=_plain(self._llm))
             elif command == "/help":
                 stderr().print(HELP)
+            elif command.split()[:1] == ["/adapter"]:
+                self._switch(command.removeprefix("/adapter").strip())
             elif command:
                 self._answer(line)
+
+    def _switch(self, name: str) -> None:
+        """Makes the adapter called `name` answer from now on, `base` for none; without a name, lists them."""
+        known = ["base", *(info.name for info in self._llm.info.adapters)]
+        if name and name not in known:
+            stderr().print(Text(f"There is no adapter {name!r}. Loaded: {', '.join(known)}.", style="bold red"))
+            return
+        if name:
+            self._adapter = "" if name == "base" else name
+        for text in adapter_texts(self._llm, self._adapter) or [
+            Text("No adapter is loaded: start with --adapter NAME=FOLDER.")
+        ]:
+            stderr().print(text)
 
     def _answer(self, line: str) -> None:
         turns = [*self._turns, {"role": "user", "content": line}]
         try:
             with cancellable(self._llm):
-                reply = self._llm.chat(turns, **self._sampling)
+                reply = self._llm.chat(turns, adapter=self._adapter, **self._sampling)
                 stream(reply, self._display, self._quiet)
         except GenerationError as error:  # too long, or refused by the template: the conversation goes on
             stderr().print(f"[bold red]error:[/bold red] {error}")
@@ -111,6 +142,23 @@ class Conversation:
         self._turns = [*turns, {"role": "assistant", "content": reply.text}]
         if reply.finished is not None and not self._quiet:
             stderr().print(summary_text(reply.finished))
+
+
+def adapter_texts(llm: LLM, in_use: str) -> list[Text]:
+    """Returns a line for each adapter that is loaded, and one for the base; none if there is no adapter."""
+    if not llm.info.adapters:
+        return []
+    lines = [Text(f"{'*' if not in_use else ' '} base", style="dim")]
+    for info in llm.info.adapters:
+        parts = f"{info.products} products of rank {info.largest_rank} or less, {info.replaced} tensors of its own"
+        mark = "*" if info.name == in_use else " "
+        lines.append(Text(f"{mark} {info.name}: {parts}, {human_bytes(info.memory_bytes)} in the enclave", style="dim"))
+    return lines
+
+
+def _has_template(llm: LLM, adapter: str) -> bool:
+    own = [info.has_chat_template for info in llm.info.adapters if info.name == adapter]
+    return own[0] if own else llm.info.has_chat_template
 
 
 def _plain(llm: LLM) -> object:

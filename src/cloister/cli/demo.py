@@ -1,7 +1,7 @@
 """`cloister demo`: the shipped model tells a story; beside it, what the accelerator saw; then the accelerator cheats."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -29,7 +29,7 @@ def demo(
 ) -> None:
     """See it work: a story, what the untrusted accelerator saw of it, and what happens when the accelerator cheats."""
     settings = Settings(accelerator=AcceleratorSettings(workers=2))
-    sampling: dict[str, object] = {"seed": seed, "max_new_tokens": max_tokens}
+    sampling: dict[str, Any] = {"seed": seed, "max_new_tokens": max_tokens}
     console = stdout()
     display = Display(quiet=as_json)
     chat = [{"role": "user", "content": prompt}]

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -44,6 +44,8 @@ def generate(
     on_failure: o.OnFailureOption = None,
     timeout: o.TimeoutOption = None,
     context: o.ContextOption = None,
+    adapter: o.AdapterOption = None,
+    use: o.UseOption = None,
     quiet: o.QuietOption = False,
     as_json: o.JsonOption = False,
 ) -> None:
@@ -58,9 +60,11 @@ def generate(
     text = _prompt(prompt)
     sampling = o.sampling(max_tokens, temperature, top_k, top_p, min_p, seed, stop)
     display = Display(quiet or as_json)
-    with loaded(model, runtime.settings(), display) as llm:
+    adapters = o.adapters(adapter)
+    voice = o.adapter_in_use(use, adapters)
+    with loaded(model, runtime.settings(), display, adapters=adapters) as llm:
         with cancellable(llm):
-            reply = _ask(llm, text, chat, sampling)
+            reply = _ask(llm, text, chat, voice, sampling)
             if as_json:
                 print(json.dumps(_record(reply, display)))
                 return
@@ -77,10 +81,10 @@ def _prompt(prompt: str | None) -> str:
     return sys.stdin.read()
 
 
-def _ask(llm: LLM, text: str, chat: bool, sampling: dict[str, object]) -> Reply:
+def _ask(llm: LLM, text: str, chat: bool, adapter: str, sampling: dict[str, Any]) -> Reply:
     if chat:
-        return llm.chat([{"role": "user", "content": text}], **sampling)
-    return llm.generate(text, **sampling)
+        return llm.chat([{"role": "user", "content": text}], adapter=adapter, **sampling)
+    return llm.generate(text, adapter=adapter, **sampling)
 
 
 def _record(reply: Reply, display: Display) -> dict[str, object]:

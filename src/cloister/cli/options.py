@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cloister.errors import AdapterError
 from cloister.settings import (
     Backend,
     OnFailure,
@@ -67,6 +68,14 @@ TopPOption = Annotated[float | None, typer.Option("--top-p", help="Keep the like
 MinPOption = Annotated[float | None, typer.Option("--min-p", help="Drop tokens below this share of the likeliest.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Make the choices repeatable.")]
 StopOption = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the answer; repeatable.")]
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", help="NAME=FOLDER of a PEFT LoRA adapter, kept and computed in the enclave; repeatable."),
+]
+UseOption = Annotated[
+    str | None,
+    typer.Option("--use", help="Name of the adapter that answers; base: none. Without it, the first one given."),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the answer and nothing else.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for scripts.")]
 
@@ -137,6 +146,40 @@ class RuntimeOptions:
         )
 
 
+def adapters(given: list[str] | None) -> dict[str, Path]:
+    """Returns the folders of the adapters that were given, by name.
+
+    Raises:
+        AdapterError: one is not of the form NAME=FOLDER, or a name is given twice.
+    """
+    named: dict[str, Path] = {}
+    for entry in given or []:
+        name, sign, folder = entry.partition("=")
+        if not (name and sign and folder):
+            raise AdapterError(
+                f"--adapter {entry!r} is not NAME=FOLDER.", remedy="For example: --adapter tax=./tax-lora"
+            )
+        if name in named:
+            raise AdapterError(f"There are two adapters called {name!r}.", remedy="Give each a name of its own.")
+        named[name] = Path(folder)
+    return named
+
+
+def adapter_in_use(use: str | None, named: dict[str, Path]) -> str:
+    """Returns the name of the adapter that answers, empty for the base model: `use`, or else the first that was given.
+
+    Raises:
+        AdapterError: no such adapter was given.
+    """
+    if use is None:
+        return next(iter(named), "")
+    if use in ("", "base"):
+        return ""
+    if use not in named:
+        raise AdapterError(f"No adapter is called {use!r}.", remedy=f"Given: {', '.join(named) or 'none'}.")
+    return use
+
+
 def sampling(
     max_tokens: int | None,
     temperature: float | None,
@@ -145,9 +188,9 @@ def sampling(
     min_p: float | None,
     seed: int | None,
     stop: list[str] | None,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Returns the sampling arguments that were given."""
-    values: dict[str, object | None] = {
+    values: dict[str, Any] = {
         "max_new_tokens": max_tokens,
         "temperature": temperature,
         "top_k": top_k,

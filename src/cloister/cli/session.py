@@ -1,7 +1,7 @@
 """Talking to a model from the terminal: loading it with progress, streaming an answer, Ctrl-C."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -15,10 +15,16 @@ from cloister.wire.session import Rehearsal
 
 
 @contextmanager
-def loaded(model: Path, settings: Settings, display: Display, rehearsal: Rehearsal | None = None) -> Iterator[LLM]:
+def loaded(
+    model: Path,
+    settings: Settings,
+    display: Display,
+    rehearsal: Rehearsal | None = None,
+    adapters: Mapping[str, Path] | None = None,
+) -> Iterator[LLM]:
     """Yields the model, loaded with progress bars; closes it afterwards."""
     with display.loading():
-        llm = LLM(model, settings, rehearsal=rehearsal, listener=display)
+        llm = LLM(model, settings, rehearsal=rehearsal, listener=display, adapters=adapters)
     with llm:
         if llm.info.warning:  # also with --quiet: nobody runs a baseline without being told
             stderr().print(Text(llm.info.warning, style="bold red"))

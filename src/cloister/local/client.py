@@ -92,6 +92,7 @@ class LLM:
         *,
         rehearsal: Rehearsal | None = None,
         listener: Listener | None = None,
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     ) -> None:
         self._listener = listener
         self._generating = False
@@ -109,17 +110,18 @@ class LLM:
                 start_new_session=True,  # Ctrl-C in the terminal stops the generation, not the enclave
             )
         try:
-            path = str(Path(directory).expanduser().resolve())
-            self._send(Open(path, _plain(settings or Settings()), rehearsal or Rehearsal()))
+            named = {name: _resolved(path) for name, path in (adapters or {}).items()}
+            self._send(Open(_resolved(directory), _plain(settings or Settings()), rehearsal or Rehearsal(), named))
             self.info = self._await_ready()
         except BaseException:
             self.close()
             raise
 
-    def chat(self, messages: Sequence[Mapping[str, str]], **sampling: object) -> Reply:
+    def chat(self, messages: Sequence[Mapping[str, str]], *, adapter: str = "", **sampling: object) -> Reply:
         """Returns the answer to a chat, as it is generated.
 
-        `messages` are dictionaries with `role` and `content`; `sampling` are the fields of `wire.session.Sampling`.
+        `messages` are dictionaries with `role` and `content`; `adapter` names the one that answers (empty: the base model);
+        `sampling` are the fields of `wire.session.Sampling`.
 
         Raises:
             RequestError: the request is invalid.
@@ -130,11 +132,11 @@ class LLM:
             if set(message) != {"role", "content"}:
                 raise RequestError(f"A message has the keys {sorted(message)}.", remedy="Give role and content.")
             turns.append(Turn(message["role"], message["content"]))
-        return self._generate(Generate(_sampling(sampling), chat=tuple(turns)))
+        return self._generate(Generate(_sampling(sampling), chat=tuple(turns), adapter=adapter))
 
-    def generate(self, prompt: str, **sampling: object) -> Reply:
+    def generate(self, prompt: str, *, adapter: str = "", **sampling: object) -> Reply:
         """Returns the continuation of `prompt`, as it is generated; arguments and errors as for `chat`."""
-        return self._generate(Generate(_sampling(sampling), prompt=prompt))
+        return self._generate(Generate(_sampling(sampling), prompt=prompt, adapter=adapter))
 
     def cancel(self) -> None:
         """Asks the enclave to stop the generation in hand; its reply then ends with the reason `cancelled`."""
@@ -179,19 +181,20 @@ class LLM:
         return Reply(self._pieces())
 
     def _pieces(self) -> Iterator[Delta | Finished]:
+        ended = False
         try:
             while True:
                 message = self._receive()
                 if isinstance(message, Delta):
                     yield message
                 elif isinstance(message, Finished):
-                    self._generating = False
+                    self._generating, ended = False, True
                     yield message
                     return
                 else:
                     self._note(message)
         finally:
-            if self._generating:  # the caller stopped listening: stop the work as well
+            if self._generating and not ended:  # the caller stopped listening: stop the work as well
                 self.cancel()
                 while self._generating:
                     self._generating = not isinstance(self._receive(), Finished)
@@ -244,13 +247,21 @@ def load(
     settings: Settings | None = None,
     *,
     listener: Listener | None = None,
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
 ) -> LLM:
     """Returns the model in a Hugging Face directory, running in an enclave process with its accelerators.
 
+    `adapters`: directories of PEFT LoRA adapters of this model, by the name that a request chooses one with.
+
     Raises:
         ModelError: the directory is not a usable model; the error names file and remedy.
+        AdapterError: an adapter is not usable, or belongs to another base.
     """
-    return LLM(directory, settings, listener=listener)
+    return LLM(directory, settings, listener=listener, adapters=adapters)
+
+
+def _resolved(path: str | os.PathLike[str]) -> str:
+    return str(Path(path).expanduser().resolve())
 
 
 def _sampling(values: dict[str, object]) -> Sampling:

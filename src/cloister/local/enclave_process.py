@@ -6,7 +6,7 @@ but its socket, but not protected from the host. It says so in the message that 
 
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,14 +16,17 @@ from cloister.audit.observer import Observer
 from cloister.audit.tamper import Tamper
 from cloister.blinding.mill import Mill
 from cloister.blinding.pads import PadSource
+from cloister.enclave.adapters import load_adapter
 from cloister.enclave.engine import Engine
 from cloister.enclave.prepare import prepare
 from cloister.enclave.session import Session, failure, report
 from cloister.errors import AcceleratorError, CloisterError, WireError
 from cloister.local.accelerators import open_accelerators
 from cloister.local.assembly import assemble, outside, register, release
+from cloister.local.voices import check_name, describe, voice_of
 from cloister.local.workbench import chosen_plan
-from cloister.model.directory import open_model
+from cloister.model.adapters import Adapter, open_adapter
+from cloister.model.directory import ModelDirectory, open_model
 from cloister.plan.plan import InsecurePlan, Plan
 from cloister.settings import Settings, from_mapping
 from cloister.wire.session import Event, Open, Progress, Ready, Rehearsal, SessionSocket, Sightings
@@ -78,16 +81,19 @@ class EnclaveProcess:
         settings = from_mapping(Settings, request.settings)
         directory = open_model(Path(request.model))
         spec = directory.spec
-        plan = chosen_plan(spec, settings, partial(self._progress, "calibrating", "steps"))
+        adapters = self._adapters(request.adapters, directory)
+        rank = max((rank for adapter in adapters for rank in adapter.ranks.values()), default=0)
+        plan = chosen_plan(spec, settings, rank, partial(self._progress, "calibrating", "steps"))
         schedule = outside(plan)
         if schedule.uses_accelerators:  # they start up while the model is read
             self._accelerators = open_accelerators(settings.accelerator)
-        source = PadSource()
+        source, team = PadSource(), Team(usable_cores())
         model = prepare(
-            directory.checkpoint, spec, settings.blinding, source, team=Team(usable_cores()),
+            directory.checkpoint, spec, settings.blinding, source, team=team,
             progress=lambda stage, done, total: self._session.send(Progress(stage, done, total, "weights")),
             secret=plan.secret_groups if isinstance(plan, Plan) else (),
         )  # fmt: skip
+        loaded = [load_adapter(adapter, model, directory.checkpoint, settings.blinding) for adapter in adapters]
         directory.checkpoint.close()
         staged, observer = rehearse(self._accelerators, request.rehearsal)
         weights = [linear for linear in model.public_linears if linear.name in schedule.lent]
@@ -97,15 +103,14 @@ class EnclaveProcess:
             on_incident=partial(report, self._session), on_stock=partial(self._progress, "stocking pads", "tokens"),
         )  # fmt: skip
         self._mill = parts.mill
+        voices = {
+            own.name: voice_of(own, parts.gate, adapter, directory, team)
+            for own, adapter in zip(loaded, adapters, strict=True)
+        }
         engine = Engine(
-            parts.forward,
-            parts.gate,
-            parts.pantry,
-            directory.tokenizer,
-            directory.defaults,
-            mill=self._mill,
-            release=release(plan, settings),
-        )
+            parts.forward, parts.gate, parts.pantry, directory.tokenizer, directory.defaults,
+            mill=self._mill, adapters=voices, release=release(plan, settings),
+        )  # fmt: skip
         self._session.send(
             Ready(
                 model=directory.path.name,
@@ -118,9 +123,22 @@ class EnclaveProcess:
                 policy=plan.policy,
                 plan=plan.digest(),
                 warning=INSECURE.format(plan.policy) if isinstance(plan, InsecurePlan) else "",
+                adapters=tuple(
+                    describe(adapter, own, voices[own.name]) for adapter, own in zip(adapters, loaded, strict=True)
+                ),
             )
         )
         return Session(self._session, engine, partial(sightings, observer) if observer is not None else None)
+
+    def _adapters(self, asked: Mapping[str, str], directory: ModelDirectory) -> list[Adapter]:
+        """Returns the adapters that are asked for, checked: before the minutes that a large base takes."""
+        return [
+            open_adapter(
+                check_name(name), Path(path), directory.spec, directory.checkpoint,
+                progress=partial(self._progress, "checking the base", "tensors"),
+            )
+            for name, path in asked.items()
+        ]  # fmt: skip
 
     def _progress(self, stage: str, unit: str, done: int, total: int) -> None:
         self._session.send(Progress(stage, done, total, unit))

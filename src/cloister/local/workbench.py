@@ -117,10 +117,12 @@ class Workbench:
         return self._accelerators
 
 
-def chosen_plan(spec: ModelSpec, settings: Settings, report: Report | None = None) -> Plan | InsecurePlan:
+def chosen_plan(
+    spec: ModelSpec, settings: Settings, adapter_rank: int = 0, report: Report | None = None
+) -> Plan | InsecurePlan:
     """Returns the plan that `settings` ask for; the policy `auto` calibrates this machine first, which takes seconds."""
     if settings.plan.policy != "auto":
-        return planned(spec, settings)
+        return planned(spec, settings, adapter_rank=adapter_rank)
     with Workbench(spec, settings) as bench:
         calibration = bench.calibrate(report)
-    return planned(spec, settings, calibration=calibration)
+    return planned(spec, settings, adapter_rank=adapter_rank, calibration=calibration)

@@ -53,8 +53,8 @@ class Tokenizer:
         """Tokens that end an answer: every one that any of the model's files names."""
 
     @staticmethod
-    def open(directory: Path) -> "Tokenizer":
-        """Returns the tokenizer of a model directory.
+    def open(directory: Path, ends: Iterable[int] = ()) -> "Tokenizer":
+        """Returns the tokenizer of a model directory; `ends`: further tokens that end an answer.
 
         Raises:
             TokenizerError: `tokenizer.json` is absent, or a file is damaged or contradicts another.
@@ -72,7 +72,7 @@ class Tokenizer:
             fast,
             special,
             None if source is None else ChatTemplate(source, special),
-            _eos_ids(directory),
+            {*_eos_ids(directory), *ends},
             add_bos=add_bos,
             add_eos=bool(_flag(path, config, "add_eos_token")),
         )
