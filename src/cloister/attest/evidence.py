@@ -166,7 +166,9 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
         try:
             found = msgspec.json.decode(document, type=_Document)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise EvidenceError("This is not evidence.", remedy=f"The decoder says: {_printable(str(error))}") from error
+            raise EvidenceError(
+                "This is not evidence.", remedy=f"The decoder says: {_printable(str(error))}"
+            ) from error
         if found.format != FORMAT:
             raise EvidenceUnsupportedError(
                 f"Evidence of format {_printable(found.format)!r}.", remedy=f"This version reads {FORMAT}."
@@ -177,9 +179,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
             raise EvidenceUnsupportedError(
                 f"Evidence of kind {_printable(found.kind)!r}.", remedy=f"This version knows {', '.join(Kind)}."
             ) from error
-        return Evidence(
-            kind=kind, report=found.report, collateral=found.collateral, certificates=found.certificates
-        )
+        return Evidence(kind=kind, report=found.report, collateral=found.collateral, certificates=found.certificates)
 
 
 class _Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -15,7 +15,6 @@ from typing import Final
 from cloister.attest.evidence import REPORT_DATA_BYTES, Kind, Skip
 from cloister.errors import SettingsError
 
-
 ANY_MACHINE: Final = Skip("any machine of the vendor")
 """What a policy says that pins no single machine."""
 

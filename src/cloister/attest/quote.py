@@ -194,7 +194,8 @@ def parse(quote: bytes) -> Quote:
     auth.take(auth.number(2))  # its authentication data
     if (kind := auth.number(2)) != CERT_PEM_CHAIN:
         raise EvidenceUnsupportedError(
-            f"Certification data of type {kind}.", remedy="Configure the quote provider to embed the PCK chain (type 5)."
+            f"Certification data of type {kind}.",
+            remedy="Configure the quote provider to embed the PCK chain (type 5).",
         )
     chain = auth.take(auth.number(4))
     auth.end("the certificates")
@@ -216,6 +217,21 @@ def _body(cursor: "_Cursor", version: int, tee: int) -> EnclaveReport | TdReport
     if tee == TEE_TDX:
         return TdReport.decode(cursor.take(TD_REPORT_BYTES))
     raise EvidenceUnsupportedError(f"A quote of TEE type {tee:#x}.")
+
+
+def without_padding(quote: bytes) -> bytes:
+    """Returns a quote without the zeros that quote providers put behind it; for readers, never for verifiers.
+
+    Anything but zeros is left where it is, so that `parse` refuses it.
+    """
+    length_at = HEADER_BYTES + ENCLAVE_REPORT_BYTES
+    version, tee = int.from_bytes(quote[:2], "little"), int.from_bytes(quote[4:8], "little")
+    if version == 4 and tee == TEE_TDX:
+        length_at = HEADER_BYTES + TD_REPORT_BYTES
+    elif version == 5:
+        length_at = HEADER_BYTES + 6 + int.from_bytes(quote[HEADER_BYTES + 2 : HEADER_BYTES + 6], "little")
+    end = length_at + 4 + int.from_bytes(quote[length_at : length_at + 4], "little")
+    return quote if quote[end:].strip(b"\0") else quote[:end]
 
 
 class _Cursor:
