@@ -19,6 +19,12 @@ ANY_MACHINE: Final = Skip("any machine of the vendor")
 """What a policy says that pins no single machine."""
 
 
+class Required(StrEnum):
+    """The other side of `Skip`, for a check that has no expected value."""
+
+    REQUIRED = "required"
+
+
 class TcbStatus(StrEnum):
     """What Intel says about a platform's patch level. `Revoked` is missing: it can never be accepted."""
 
@@ -114,6 +120,8 @@ class SnpPolicy:
     """Least firmware of the platform."""
     id_key: frozenset[bytes] | Skip
     """Accepted signers of the identity block: SHA-384 of the key, 48 bytes each."""
+    revocation: Required | Skip
+    """Whether AMD's revocation list must come with the evidence."""
     platforms: frozenset[bytes] | Skip = ANY_MACHINE
     """Accepted machines, by chip id (64 bytes)."""
     max_vmpl: int = 0

@@ -14,10 +14,10 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Final
 
-from cloister.attest import sgx, sim, tdx
+from cloister.attest import sgx, sim, snp, tdx
 from cloister.attest.evidence import Check, Claims, Evidence, Kind, Result, Skip, Verdict
 from cloister.attest.findings import Findings
-from cloister.attest.policy import Policy, SgxPolicy, SimPolicy, TdxPolicy
+from cloister.attest.policy import Policy, SgxPolicy, SimPolicy, SnpPolicy, TdxPolicy
 from cloister.attest.roots import Roots
 from cloister.errors import EvidenceError, EvidenceUnsupportedError
 
@@ -40,6 +40,17 @@ REQUIRED: Final[Mapping[Kind, frozenset[Check]]] = MappingProxyType(
     {
         Kind.SGX: _ALWAYS | _DCAP | {Check.SIGNER, Check.PRODUCT, Check.VERSION},
         Kind.TDX: _ALWAYS | _DCAP | {Check.REGISTERS, Check.PRODUCT},
+        Kind.SNP: _ALWAYS
+        | {
+            Check.REVOCATION,
+            Check.TCB,
+            Check.ATTRIBUTES,
+            Check.MEASUREMENT,
+            Check.REGISTERS,
+            Check.SIGNER,
+            Check.VERSION,
+            Check.PLATFORM,
+        },
         Kind.SIM: _ALWAYS | _DCAP | {Check.SIGNER, Check.VERSION},
     }
 )
@@ -102,6 +113,8 @@ def _examine(
             return sgx.examine(evidence, record, now, trusted, findings)
         case TdxPolicy() as record:
             return tdx.examine(evidence, record, now, trusted, findings)
+        case SnpPolicy() as record:
+            return snp.examine(evidence, record, now, trusted, findings)
         case SimPolicy() as record:
             return sim.examine(evidence, record, now, trusted, findings)
         case _:
