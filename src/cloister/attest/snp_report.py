@@ -59,7 +59,9 @@ class SnpReport:
             raise EvidenceError(f"A SEV-SNP report has {REPORT_BYTES} bytes, this one {len(report)}.")
         found = _FIELDS.unpack_from(report)
         if found[0] not in (2, 3, 4, 5):
-            raise EvidenceUnsupportedError(f"A SEV-SNP report of version {found[0]}.", remedy="Versions 2 to 5 are read.")
+            raise EvidenceUnsupportedError(
+                f"A SEV-SNP report of version {found[0]}.", remedy="Versions 2 to 5 are read."
+            )
         return SnpReport(
             version=found[0],
             guest_svn=found[1],

@@ -14,10 +14,10 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Final
 
-from cloister.attest import sgx, sim, snp, tdx
+from cloister.attest import sgx, sim, snp, tdx, tpm
 from cloister.attest.evidence import Check, Claims, Evidence, Kind, Result, Skip, Verdict
 from cloister.attest.findings import Findings
-from cloister.attest.policy import Policy, SgxPolicy, SimPolicy, SnpPolicy, TdxPolicy
+from cloister.attest.policy import Policy, SgxPolicy, SimPolicy, SnpPolicy, TdxPolicy, TpmPolicy
 from cloister.attest.roots import Roots
 from cloister.errors import EvidenceError, EvidenceUnsupportedError
 
@@ -51,10 +51,15 @@ REQUIRED: Final[Mapping[Kind, frozenset[Check]]] = MappingProxyType(
             Check.VERSION,
             Check.PLATFORM,
         },
+        Kind.TPM: (_ALWAYS - {Check.DEBUG}) | {Check.ATTRIBUTES, Check.REGISTERS, Check.VERSION, Check.PRODUCT},
         Kind.SIM: _ALWAYS | _DCAP | {Check.SIGNER, Check.VERSION},
     }
 )
 """What must have been checked (or skipped by name) before evidence of a kind is accepted."""
+
+
+_NARROW: Final = frozenset({Kind.TPM, Kind.GPU})
+"""Kinds that have no room for 64 bytes and carry their SHA-256."""
 
 
 def verify(evidence: Evidence | bytes, policy: Policy, now: datetime, roots: Roots) -> Verdict:
@@ -91,7 +96,7 @@ def verify(evidence: Evidence | bytes, policy: Policy, now: datetime, roots: Roo
     else:
         findings.note(
             Check.REPORT_DATA,
-            claims.report_data == policy.report_data,
+            claims.report_data == (tpm.bound_bytes(policy.report_data) if kind in _NARROW else policy.report_data),
             "made for this exchange",
             "made for another exchange: an old answer, another key or another model",
         )
@@ -115,6 +120,8 @@ def _examine(
             return tdx.examine(evidence, record, now, trusted, findings)
         case SnpPolicy() as record:
             return snp.examine(evidence, record, now, trusted, findings)
+        case TpmPolicy() as record:
+            return tpm.examine(evidence, record, now, trusted, findings)
         case SimPolicy() as record:
             return sim.examine(evidence, record, now, trusted, findings)
         case _:
