@@ -88,7 +88,10 @@ def examine(
     findings.least(Check.COLLATERAL_VERSION, "the TCB evaluation number", statements.evaluation, tcb.min_evaluation)
 
     report = _library(evidence, statements, now, findings)
-    if report is not None:
+    if report is None:
+        for check in (Check.TCB, Check.ADVISORIES, Check.PLATFORM):
+            findings.skipped(check, "unknown, for the signatures are not good")
+    else:
         _tcb(report, tcb, findings)
     return quote, report
 

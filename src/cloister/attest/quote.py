@@ -205,13 +205,14 @@ def parse(quote: bytes) -> Quote:
 def _body(cursor: "_Cursor", version: int, tee: int) -> EnclaveReport | TdReport:
     if version == 5:
         kind, size = cursor.number(2), cursor.number(4)
-        sizes = {1: ENCLAVE_REPORT_BYTES, 2: TD_REPORT_BYTES, 3: TD_REPORT_15_BYTES}
+        sizes = {2: TD_REPORT_BYTES, 3: TD_REPORT_15_BYTES}
         if kind not in sizes:
-            raise EvidenceUnsupportedError(f"A quote body of type {kind}.")
-        if sizes[kind] != size or (kind == 1) != (tee == TEE_SGX):
+            raise EvidenceUnsupportedError(
+                f"A version 5 quote with a body of type {kind}.", remedy="TD reports are read."
+            )
+        if sizes[kind] != size or tee != TEE_TDX:
             raise EvidenceError("The quote's body is not of the size or the TEE that its header says.")
-        body = cursor.take(size)
-        return EnclaveReport.decode(body) if kind == 1 else TdReport.decode(body)
+        return TdReport.decode(cursor.take(size))
     if tee == TEE_SGX:
         return EnclaveReport.decode(cursor.take(ENCLAVE_REPORT_BYTES))
     if tee == TEE_TDX:
