@@ -11,9 +11,11 @@ import pytest
 
 from attest.forge import NOT_HERE, NOW, REPORT_DATA, Forge, sgx_policy, strict
 from cloister.attest.binding import Binding
+from cloister.attest.certificates import common_name, load_pem_chain
 from cloister.attest.challenge import Challenges
 from cloister.attest.evidence import Attester, Check, Evidence, Kind, Outcome, Result, Skip
 from cloister.attest.policy import Policy, SgxPolicy, SimPolicy
+from cloister.attest.quote import parse
 from cloister.attest.roots import AMD_ARK_MILAN, INTEL_SGX_ROOT_CA, Roots
 from cloister.attest.sim import MRSIGNER, Installation, SimAttester
 from cloister.attest.verify import verify
@@ -132,7 +134,9 @@ def test_the_stand_in_says_so_in_signed_bytes(attester: SimAttester) -> None:
     report = attester.evidence(REPORT_DATA).report
     assert b"software standin" in report
     assert MRSIGNER in report
-    assert b"Stand-in" in attester.evidence(REPORT_DATA).collateral
+    names = [common_name(certificate) for certificate in load_pem_chain(parse(report).pck_chain)]
+    assert len(names) == 3
+    assert all("Stand-in (no hardware)" in name for name in names)
 
 
 def test_an_installation_is_kept_private_and_found_again(tmp_path: Path) -> None:
