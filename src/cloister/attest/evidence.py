@@ -99,6 +99,8 @@ class Check(StrEnum):
     """The machine is one that the policy names."""
     REPORT_DATA = "report-data"
     """The evidence was made for this very exchange: nonce, key and model are those of the verifier."""
+    NONCE = "nonce"
+    """What the evidence is bound to answers the verifier's own nonce."""
 
 
 @dataclass(frozen=True)

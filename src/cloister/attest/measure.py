@@ -174,7 +174,7 @@ def measure(subject: Subject, progress: Progress = lambda _: None) -> Measuremen
         part, name, path = found
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not make us wait
-            with open(descriptor, "rb", buffering=0) as file:
+            with os.fdopen(descriptor, "rb", buffering=0) as file:
                 status = os.fstat(descriptor)
                 if not stat.S_ISREG(status.st_mode):
                     raise AttesterError(f"{path} is not a plain file and cannot be measured.")

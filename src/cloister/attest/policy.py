@@ -105,6 +105,10 @@ class SnpTcb:
     fmc: int = 0
     """Only Turin and later have it."""
 
+    def __str__(self) -> str:
+        parts = (f"{field.name} {getattr(self, field.name)}" for field in dataclasses.fields(self))
+        return ", ".join(parts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SnpPolicy:
