@@ -60,6 +60,10 @@ CollateralOption = Annotated[
 CertificateOption = Annotated[
     list[Path] | None, typer.Option("--certificate", help="With --kind: certificate files, PEM or DER, leaf first.")
 ]
+VectorOption = Annotated[
+    bool,
+    typer.Option("--vector", help="The file is a conformance vector, which brings its own policy, roots and time."),
+]
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ def verify(
     kind: KindOption = None,
     collateral: CollateralOption = None,
     certificate: CertificateOption = None,
+    vector: VectorOption = False,
     as_json: o.JsonOption = False,
 ) -> None:
     """Verify what an enclave shows, before anything is sent to it.
@@ -96,13 +101,16 @@ def verify(
 
     now = at.replace(tzinfo=UTC) if at else datetime.now(UTC)
     verdict: Verdict
-    try:
-        question = _question(target, nonce, kind, collateral, certificate)
-    except (EvidenceError, EvidenceUnsupportedError) as error:
-        verdict = _unreadable(error)
+    if vector:
+        verdict, now = _run_vector(Path(target))
     else:
-        expected = _hex(report_data, "--report-data") if report_data else None
-        verdict = _judge(question, policy, measurement, root, expected, now)
+        try:
+            question = _question(target, nonce, kind, collateral, certificate)
+        except (EvidenceError, EvidenceUnsupportedError) as error:
+            verdict = _unreadable(error)
+        else:
+            expected = _hex(report_data, "--report-data") if report_data else None
+            verdict = _judge(question, policy, measurement, root, expected, now)
     if as_json:
         print(json.dumps(as_record(verdict, target, now)))
     else:
@@ -128,6 +136,14 @@ def _question(
     if question.binding is None:
         raise EvidenceError("The host answered with bare evidence, which no nonce is bound to.")
     return question
+
+
+def _run_vector(path: Path) -> "tuple[Verdict, datetime]":
+    from cloister.attest.vector import Vector
+    from cloister.attest.verify import verify as decide
+
+    case = Vector.decode(_content(path))
+    return decide(case.evidence, case.expectations.policy, case.time, case.expectations.roots), case.time
 
 
 def _read(document: bytes, nonce: bytes | None) -> Question:
