@@ -6,12 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from cloister.attest.evidence import Check, Result
 from cloister.attest.vector import Vector
 from cloister.attest.verify import verify
-from cloister.cli.main import app
 from cloister.errors import SettingsError
 
 FOLDER = Path(__file__).resolve().parents[1] / "vectors"
@@ -41,20 +39,31 @@ def test_the_vectors_cover_every_result_and_every_check_of_a_report() -> None:
     assert failed == {check.value for check in Check} - {"platform", "nonce"}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_command_line_agrees(name: str) -> None:
-    expected = json.loads((FOLDER / name / "expected.json").read_bytes())
-    done = CliRunner().invoke(app, ["verify", "--vector", str(FOLDER / name / "input.json"), "--json"])
-    assert done.exit_code == expected["exit_code"]
-    printed = json.loads(done.stdout)
-    assert (printed["result"], printed["failed"]) == (expected["result"], expected["failed"])
-    assert (printed["claims"] or {}).get("measurement") == expected["measurement"]
+RUN_ALL = """
+import json, sys
+from typer.testing import CliRunner
+from cloister.cli.main import app
+for path in sys.stdin.read().split():
+    done = CliRunner().invoke(app, ["verify", "--vector", path, "--json"])
+    print(json.dumps([done.exit_code, json.loads(done.stdout)]))
+done = CliRunner().invoke(app, ["verify", path, "--measurement", "any"])
+print(done.exit_code)
+"""
 
 
-def test_a_vector_is_not_taken_for_evidence() -> None:
-    """It brings its own policy: without --vector it must not be believed."""
-    path = str(FOLDER / "sgx-accepted" / "input.json")
-    assert CliRunner().invoke(app, ["verify", path, "--measurement", "any"]).exit_code == 30
+def test_the_command_line_agrees_and_believes_a_vector_only_when_told_to() -> None:
+    """In one process of its own: the program as users start it, without the type checks of the tests."""
+    paths = "\n".join(str(FOLDER / name / "input.json") for name in CASES)
+    done = subprocess.run([sys.executable, "-c", RUN_ALL], input=paths, capture_output=True, text=True, check=True)
+    *lines, without_the_option = done.stdout.splitlines()
+    assert len(lines) == len(CASES)
+    for name, line in zip(CASES, lines, strict=True):
+        expected = json.loads((FOLDER / name / "expected.json").read_bytes())
+        code, printed = json.loads(line)
+        assert (code, printed["exit_code"]) == (expected["exit_code"],) * 2, name
+        assert (printed["result"], printed["failed"]) == (expected["result"], expected["failed"]), name
+        assert (printed["claims"] or {}).get("measurement") == expected["measurement"], name
+    assert without_the_option == "30"
 
 
 @pytest.mark.parametrize(
