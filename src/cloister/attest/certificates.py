@@ -6,6 +6,7 @@ Covers: loading DER and PEM, fingerprints, validity at a passed time, the names.
 import warnings
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Final
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -13,6 +14,17 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.x509.oid import NameOID
 
 from cloister.errors import EvidenceError
+
+UNREADABLE: Final = (
+    ValueError,
+    TypeError,
+    OverflowError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
+"""Everything that `cryptography` raises for hostile certificates and lists; the x509 errors are no `ValueError`."""
 
 _MAX_PEM_BYTES = 2**16
 _MAX_CHAIN = 8
@@ -31,7 +43,7 @@ def load_der(der: bytes) -> x509.Certificate:
         try:
             certificate = x509.load_der_x509_certificate(der)
             _readable(certificate)
-        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        except UNREADABLE as error:
             raise EvidenceError("A certificate of the evidence cannot be read.") from error
     return certificate
 
@@ -50,7 +62,7 @@ def load_pem_chain(pem: bytes) -> list[x509.Certificate]:
             chain = x509.load_pem_x509_certificates(pem)
             for certificate in chain:
                 _readable(certificate)
-        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        except UNREADABLE as error:
             raise EvidenceError("A certificate chain of the evidence cannot be read.") from error
     if not 1 <= len(chain) <= _MAX_CHAIN:
         raise EvidenceError(f"A certificate chain of {len(chain)} certificates.")

@@ -13,9 +13,8 @@ from datetime import UTC, datetime
 
 import msgspec
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 
-from cloister.attest.certificates import common_name, is_authority, load_pem_chain
+from cloister.attest.certificates import UNREADABLE, common_name, is_authority, load_pem_chain
 from cloister.errors import EvidenceError
 
 SGX_EXTENSION = x509.ObjectIdentifier("1.2.840.113741.1.13.1")
@@ -152,7 +151,7 @@ def _revocations(text: str) -> x509.CertificateRevocationList:
     try:
         crl = x509.load_der_x509_crl(bytes.fromhex(text))
         _ = crl.next_update_utc, crl.last_update_utc, crl.extensions
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except UNREADABLE as error:
         raise EvidenceError("A revocation list of the collateral cannot be read.") from error
     return crl
 

@@ -13,13 +13,13 @@ from datetime import datetime
 from typing import Final
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA384
 
 from cloister.attest import der
-from cloister.attest.certificates import fingerprint, invalid_at, load_der, not_issued
+from cloister.attest.certificates import UNREADABLE, fingerprint, invalid_at, load_der, not_issued
 from cloister.attest.evidence import Check, Claims, Evidence, Kind, Skip
 from cloister.attest.findings import Findings
 from cloister.attest.policy import SnpPolicy, SnpTcb
@@ -126,7 +126,7 @@ def _revocation(
         signed = isinstance(key, rsa.RSAPublicKey) and crl.is_signature_valid(key)
         end, start = crl.next_update_utc, crl.last_update_utc
         numbers = {entry.serial_number for entry in crl}
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except UNREADABLE as error:
         raise EvidenceError("AMD's revocation list cannot be read.") from error
     trouble = ""
     if not signed or crl.issuer != chain[-1].subject:
