@@ -118,19 +118,23 @@ def test_the_verifier_answers_to_any_bytes(samples: dict[str, Sample], data: byt
     assert verdict.claims is None
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        (b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x25"),
-        (b"\x06\x03\x55\x1d\x0e", b"\x06\x03\x55\x1d\x0f"),
-    ],
-    ids=["version 37", "the same extension twice"],
-)
-def test_certificates_that_the_fuzzer_found(forge: Forge, old: bytes, new: bytes) -> None:
-    """Their errors in `cryptography` are no ValueError, and went through: found by `make fuzz`."""
-    whole = forge.authority.statements.certificate.public_bytes(Encoding.DER)
-    assert whole.count(old) == 1
-    hostile = whole.replace(old, new)
+def hostile_certificates(good: bytes, serial: int) -> dict[str, bytes]:
+    """Returns certificates for which `cryptography` raises no ValueError, or raises one much later."""
+    number = serial.to_bytes(serial.bit_length() // 8 + 1, "big")  # as DER has it
+    return {
+        "version 37": good.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x25"),
+        "the same extension twice": good.replace(b"\x06\x03\x55\x1d\x0e", b"\x06\x03\x55\x1d\x0f"),
+        "a negative serial number": good.replace(number, bytes([0x80 | number[0]]) + number[1:]),
+    }
+
+
+@pytest.mark.parametrize("name", ["version 37", "the same extension twice", "a negative serial number"])
+def test_certificates_that_the_fuzzer_found(forge: Forge, name: str) -> None:
+    certificate = forge.authority.statements.certificate
+    whole = certificate.public_bytes(Encoding.DER)
+    hostile = hostile_certificates(whole, certificate.serial_number)[name]
+    assert len(hostile) == len(whole)
+    assert hostile != whole
     with pytest.raises(EvidenceError):
         load_der(hostile)
     pem = b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(hostile) + b"-----END CERTIFICATE-----\n"

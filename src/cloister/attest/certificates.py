@@ -116,3 +116,5 @@ def _readable(certificate: x509.Certificate) -> None:
     _ = certificate.extensions, certificate.subject, certificate.issuer, certificate.signature_hash_algorithm
     _ = certificate.not_valid_after_utc, certificate.not_valid_before_utc
     certificate.public_key()
+    if certificate.serial_number < 0:
+        raise ValueError("a negative serial number")  # no revocation list can name it
