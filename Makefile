@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint types fmt cov docs docs-check bench bench-smoke lock clean
+.PHONY: help setup demo test test-all lint types fmt cov docs docs-check bench bench-smoke fuzz lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ bench: $(VENV)/.dev ## measure: speed, trusted CPU, fidelity; writes JSON record
 
 bench-smoke: $(VENV)/.dev ## a short run of every benchmark, for CI
 	$(BIN)/cloister bench all --smoke --out build/bench-smoke
+
+fuzz: $(VENV)/.dev ## fuzz the attestation parsers for a minute each (needs the extra fuzz: atheris)
+	$(BIN)/python scripts/fuzz.py --seconds 60
 
 lock: $(VENV)/.dev ## recompute the lock files
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes -q -o requirements/run.lock

@@ -19,6 +19,11 @@ CloisterError                      everything this package raises on purpose
 │   └── VerificationError          an answer was wrong: the Freivalds check refused it
 ├── WireError                      bytes from a peer do not decode within their limits
 ├── PlanError                      a plan would expose a secret, contradicts itself or names what does not exist
+├── AttestationError               it could not be shown what runs in an enclave
+│   ├── AttesterError              this machine cannot make evidence
+│   ├── EvidenceError              evidence is malformed
+│   ├── EvidenceUnsupportedError   evidence of a kind or version that cannot be verified here
+│   └── EvidenceRefusedError       evidence was verified and is not good enough
 ├── EnclaveLostError               the enclave process ended without being asked to
 └── GenerationError                a request cannot be generated
     ├── RequestError               the request itself is invalid (too long, bad sampling parameter)
@@ -110,6 +115,31 @@ class WireError(CloisterError):
 
 class PlanError(CloisterError):
     """A plan would expose a secret, contradicts itself or names what does not exist."""
+
+
+class AttestationError(CloisterError):
+    """It could not be shown what runs in an enclave."""
+
+
+class AttesterError(AttestationError):
+    """This machine cannot make evidence."""
+
+
+class EvidenceError(AttestationError):
+    """Evidence is malformed."""
+
+
+class EvidenceUnsupportedError(AttestationError):
+    """Evidence of a kind or version that cannot be verified here."""
+
+
+class EvidenceRefusedError(AttestationError):
+    """Evidence was verified and is not good enough."""
+
+    def __init__(self, message: str, *, remedy: str = "", checks: tuple[str, ...] = ()) -> None:
+        super().__init__(message, remedy=remedy)
+        self.checks = checks
+        """The stable names of the checks that failed."""
 
 
 class EnclaveLostError(CloisterError):

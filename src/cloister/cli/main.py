@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cloister import __version__
-from cloister.cli import accelerator, bench, chat, demo, generate, inspect, plan
+from cloister.cli import accelerator, bench, chat, demo, generate, inspect, measure, plan, verify
 from cloister.cli.display import stderr
 from cloister.errors import CloisterError
 
@@ -28,6 +28,8 @@ app.command("inspect")(inspect.inspect)
 app.command("plan")(plan.plan)
 app.command("demo")(demo.demo)
 app.command("accelerator")(accelerator.accelerator)
+app.command("verify")(verify.verify)
+app.command("measure")(measure.measure)
 app.add_typer(bench.app, name="bench")
 
 

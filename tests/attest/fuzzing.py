@@ -1,0 +1,133 @@
+"""What is fuzzed: every parser that meets a peer's bytes, and the whole verifier on damaged evidence.
+
+Used by the Hypothesis tests and by `scripts/fuzz.py` (atheris). A target returns normally or raises one of `EXPECTED`;
+anything else, and anything slow, is a finding.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from attest.amd import Amd, snp_policy
+from attest.forge import NOW, TD, Forge, strict
+from attest.tpm_forge import FakeTpm
+from cloister.attest import certificate_table, certificates, collateral, der, document, quote, vector
+from cloister.attest.evidence import Evidence, Kind, Result, Verdict
+from cloister.attest.policy import Policy, SimPolicy, TpmPolicy
+from cloister.attest.roots import Roots
+from cloister.attest.sim import Installation, SimAttester
+from cloister.attest.snp_report import SnpReport
+from cloister.attest.tpm import TpmCollateral
+from cloister.attest.tpm_format import Attest, PublicArea, signature_holds, split_quote
+from cloister.attest.verify import verify
+from cloister.errors import CloisterError
+
+EXPECTED = (CloisterError,)
+
+Target = Callable[[bytes], object]
+
+PARSERS: dict[str, Target] = {
+    "evidence": Evidence.decode,
+    "attestation": document.Attestation.decode,
+    "format": document.format_of,
+    "vector": vector.Vector.decode,
+    "quote": quote.parse,
+    "padding": quote.without_padding,
+    "collateral": collateral.read,
+    "snp report": SnpReport.decode,
+    "tpm attest": Attest.decode,
+    "tpm public": PublicArea.decode,
+    "tpm collateral": TpmCollateral.decode,
+    "tpm split": split_quote,
+    "certificate": certificates.load_der,
+    "chain": certificates.load_pem_chain,
+    "certificate table": certificate_table.parse,
+    "der integer": der.read_integer,
+    "installation": Installation.decode,
+}
+
+
+WITH_INPUTS = (
+    "evidence", "quote", "padding", "collateral", "snp report", "tpm attest", "tpm public", "tpm collateral",
+    "tpm split", "certificate", "chain",
+)  # fmt: skip
+"""Parsers for which `good_inputs` has a well-formed input."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Good evidence, and the policy and roots under which it is accepted."""
+
+    evidence: Evidence
+    policy: Policy
+    roots: Roots
+
+    def judge(self, evidence: Evidence | bytes) -> Verdict:
+        return verify(evidence, self.policy, NOW, self.roots)
+
+
+def samples() -> dict[str, Sample]:
+    """Returns one good piece of evidence of each kind."""
+    forge, amd, tpm = Forge.new(), Amd.new(), FakeTpm(ec.generate_private_key(ec.SECP256R1()))
+    installation = Installation.create(NOW)
+    report_data = bytes(range(64))
+    sim = SimAttester(installation, bytes(32), clock=lambda: NOW + timedelta(0)).evidence(report_data)
+    sim_policy = Policy(accept=(SimPolicy(measurement=frozenset({bytes(32)}), min_version=0),), report_data=report_data)
+    pcrs = {0: frozenset({bytes(32)})}
+    tpm_policy = Policy(accept=(TpmPolicy(pcrs=pcrs, resets=5, firmware=frozenset({0x77})),), report_data=report_data)
+    found = {
+        "sgx": Sample(forge.evidence(), strict(), forge.roots),
+        "tdx": Sample(forge.evidence(TD), strict(), forge.roots),
+        "tdx 5": Sample(forge.evidence(TD, version=5), strict(), forge.roots),
+        "snp": Sample(amd.evidence(), snp_policy(), amd.roots),
+        "tpm": Sample(tpm.evidence(), tpm_policy, tpm.roots),
+        "sim": Sample(sim, sim_policy, Roots(sim=frozenset({installation.fingerprint}))),
+    }
+    for name, sample in found.items():
+        if sample.judge(sample.evidence).result is not Result.ACCEPTED:
+            raise AssertionError(f"the {name} sample is not accepted as it is")
+    return found
+
+
+def good_inputs(found: dict[str, Sample]) -> dict[str, bytes]:
+    """Returns a well-formed input for each parser that has one here: where mutations begin."""
+    sgx, snp, tpm = found["sgx"].evidence, found["snp"].evidence, found["tpm"].evidence
+    attest, _ = split_quote(tpm.report)
+    public, _ = TpmCollateral.decode(tpm.collateral)
+    return {
+        "evidence": sgx.encode(),
+        "quote": found["tdx 5"].evidence.report,
+        "padding": sgx.report,
+        "collateral": sgx.collateral,
+        "snp report": snp.report,
+        "tpm attest": attest,
+        "tpm public": public,
+        "tpm collateral": tpm.collateral,
+        "tpm split": tpm.report,
+        "certificate": snp.certificates[0],
+        "chain": quote.parse(sgx.report).pck_chain,
+    }
+
+
+def signature_target(found: dict[str, Sample]) -> Target:
+    """Returns a target for TPM signatures over a fixed structure."""
+    public, _ = TpmCollateral.decode(found["tpm"].evidence.collateral)
+    area = PublicArea.decode(public)
+    return lambda data: signature_holds(area, b"attest", data)
+
+
+def damaged(sample: Sample, where: str, data: bytes) -> Evidence:
+    """Returns the sample's evidence with one part replaced."""
+    good = sample.evidence
+    certificates_ = good.certificates
+    if where.startswith("certificate") and certificates_:
+        number = int(where[-1])
+        certificates_ = (*certificates_[:number], data, *certificates_[number + 1 :])
+    return Evidence(
+        kind=Kind(good.kind),
+        report=data if where == "report" else good.report,
+        collateral=data if where == "collateral" else good.collateral,
+        certificates=certificates_,
+    )

@@ -1,0 +1,240 @@
+"""`cloister verify` and `cloister measure` as a person and as a script use them, against real files and a real server."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from cloister.attest.binding import Binding
+from cloister.attest.document import Attestation, attestation_url
+from cloister.attest.sim import Installation, SimAttester
+from cloister.errors import AttestationError
+
+MEASUREMENT = bytes([8]) * 32
+
+
+def run(*arguments: object, code: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cloister", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def installation() -> Installation:
+    return Installation.create(datetime.now(UTC))
+
+
+def attestation(installation: Installation, nonce: bytes, key: bytes = b"public key") -> Attestation:
+    binding = Binding(nonce=nonce, key=key, context=b"session")
+    evidence = SimAttester(installation, MEASUREMENT).evidence(binding.report_data())
+    return Attestation(evidence=evidence, binding=binding)
+
+
+Answer = Callable[[bytes], bytes]
+
+
+@contextmanager
+def server(answer: Answer, status: int = 200, location: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Serves attestations; yields its address and the list of everything that it was asked."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(f"{self.requestline}\n{self.headers}")
+            nonce = bytes.fromhex(parse_qs(urlsplit(self.path).query)["nonce"][0])
+            body = answer(nonce)
+            self.send_response(status)
+            if location:
+                self.send_header("Location", location)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        try:
+            yield f"127.0.0.1:{http.server_port}", asked
+        finally:
+            http.shutdown()
+
+
+@pytest.fixture(scope="module")
+def trusting(installation: Installation) -> list[str]:
+    return ["--root", f"sim={installation.fingerprint.hex()}", "--measurement", MEASUREMENT.hex()]
+
+
+def test_a_host_is_verified_and_sent_nothing_but_a_nonce(installation: Installation, trusting: list[str]) -> None:
+    with server(lambda nonce: attestation(installation, nonce).encode()) as (host, asked):
+        done = run("verify", host, *trusting, code=0)
+        first = asked.copy()
+        record = json.loads(run("verify", f"http://{host}/", *trusting, "--json", code=0).stdout)
+    assert "accepted" in done.stdout
+    assert "software stand-in" in done.stderr
+    assert record["result"] == "accepted"
+    assert record["hardware"] is False
+    assert record["claims"]["measurement"] == MEASUREMENT.hex()
+    assert {"check": "nonce", "outcome": "PASS", "reason": "answers this very nonce"} in record["factors"]
+    assert len(asked) == 2
+    assert asked[0] != asked[1], "each question has a nonce of its own"
+    names = {line.partition(":")[0].lower() for line in first[0].splitlines()[1:] if line}
+    assert names == {"accept", "accept-encoding", "connection", "host", "user-agent"}
+
+
+def test_a_host_that_repeats_an_old_answer_is_refused(installation: Installation, trusting: list[str]) -> None:
+    old = attestation(installation, bytes(32)).encode()
+    with server(lambda nonce: old) as (host, _):
+        record = json.loads(run("verify", host, *trusting, "--json", code=10).stdout)
+    assert record["failed"] == ["nonce"]
+
+
+def test_a_host_that_changes_the_binding_of_old_evidence_is_refused(
+    installation: Installation, trusting: list[str]
+) -> None:
+    """Relay: genuine evidence for another exchange, with a binding that names the new nonce or another key."""
+    old = attestation(installation, bytes(32))
+
+    def relayed(nonce: bytes) -> bytes:
+        return Attestation(evidence=old.evidence, binding=Binding(nonce=nonce, key=b"public key")).encode()
+
+    def other_key(nonce: bytes) -> bytes:
+        fresh = attestation(installation, nonce)
+        binding = Binding(nonce=nonce, key=b"attacker's key", context=b"session")
+        return Attestation(evidence=fresh.evidence, binding=binding).encode()
+
+    for answer in (relayed, other_key):
+        with server(answer) as (host, _):
+            assert json.loads(run("verify", host, *trusting, "--json", code=10).stdout)["failed"] == ["report-data"]
+
+
+def test_a_host_that_is_not_believed_is_refused(installation: Installation, trusting: list[str]) -> None:
+    with server(lambda nonce: attestation(Installation.create(datetime.now(UTC)), nonce).encode()) as (host, _):
+        assert json.loads(run("verify", host, *trusting, "--json", code=10).stdout)["failed"] == ["root"]
+        production = run("verify", host, "--measurement", MEASUREMENT.hex(), code=10)
+    assert "not trusted for this kind" in " ".join(production.stdout.split())
+
+
+def test_hosts_that_answer_nonsense_are_malformed_and_absent_ones_an_error(
+    installation: Installation, trusting: list[str]
+) -> None:
+    bare = SimAttester(installation, MEASUREMENT).evidence(bytes(64)).encode()
+    for body in (b"", b"<html>", bare, b"{" * 10000):
+        with server(lambda nonce, body=body: body) as (host, _):
+            run("verify", host, *trusting, code=30)
+    with server(lambda nonce: b"x" * (2**21 + 1)) as (host, _):
+        assert "more than" in run("verify", host, *trusting, code=1).stderr
+    with server(lambda nonce: b"gone", status=404) as (host, _):
+        assert "404" in run("verify", host, *trusting, code=1).stderr
+    assert "does not answer" in run("verify", "127.0.0.1:1", code=1).stderr
+
+
+def test_a_redirection_is_not_followed(installation: Installation, trusting: list[str]) -> None:
+    with (
+        server(lambda nonce: attestation(installation, nonce).encode()) as (other, asked),
+        server(lambda nonce: b"", status=302, location=f"http://{other}/") as (host, _),
+    ):
+        assert "302" in run("verify", host, *trusting, code=1).stderr
+    assert asked == []
+
+
+def test_addresses() -> None:
+    nonce = bytes(2)
+    for host, url in {
+        "localhost:8000": "http://localhost:8000/v1/attestation?nonce=0000",
+        "[::1]:8000": "http://[::1]:8000/v1/attestation?nonce=0000",
+        "enclave.example": "https://enclave.example/v1/attestation?nonce=0000",
+        "enclave.example:444": "https://enclave.example:444/v1/attestation?nonce=0000",
+        "http://enclave.example/api/": "http://enclave.example/api/v1/attestation?nonce=0000",
+    }.items():
+        assert attestation_url(host, nonce) == url
+    for host in ("file:///etc/passwd", "ftp://host", "http://", "host:port", "http://user@host", "host?x=1", ""):
+        with pytest.raises(AttestationError):
+            attestation_url(host, nonce)
+
+
+def test_a_saved_attestation_says_that_it_may_be_old(
+    installation: Installation, trusting: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "attestation.json"
+    path.write_bytes(attestation(installation, bytes(32)).encode())
+    assert "it may be old" in run("verify", path, *trusting, code=0).stdout
+    run("verify", path, *trusting, "--nonce", bytes(32).hex(), code=0)
+    record = json.loads(run("verify", path, *trusting, "--nonce", bytes(31).hex(), "--json", code=10).stdout)
+    assert record["failed"] == ["nonce"]
+
+
+def test_nothing_is_accepted_unless_something_is_expected(
+    installation: Installation, trusting: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "evidence.json"
+    path.write_bytes(SimAttester(installation, MEASUREMENT).evidence(bytes(64)).encode())
+    root = trusting[:2]
+    refused = run("verify", path, *root, "--json", code=10)
+    record = json.loads(refused.stdout)
+    assert record["failed"] == ["measurement"]
+    assert MEASUREMENT.hex() in refused.stdout
+    run("verify", path, *root, "--measurement", "any", code=0)
+    run("verify", path, *root, "--measurement", bytes(32).hex(), code=10)
+    run("verify", path, *trusting, "--report-data", bytes(64).hex(), code=0)
+    run("verify", path, *trusting, "--report-data", (b"\1" * 64).hex(), code=10)
+    assert "collateral" in run("verify", path, *trusting, "--at", "2020-01-01", code=10).stdout
+
+
+def test_a_policy_file_decides(installation: Installation, tmp_path: Path) -> None:
+    path, policy = tmp_path / "evidence.json", tmp_path / "policy.toml"
+    path.write_bytes(SimAttester(installation, MEASUREMENT, 3).evidence(bytes(64)).encode())
+    text = f'[roots]\nsim = ["{installation.fingerprint.hex()}"]\n[sim]\nmeasurement = ["{MEASUREMENT.hex()}"]\n'
+    policy.write_text(text + "min_version = 3\n")
+    run("verify", path, "--policy", policy, code=0)
+    policy.write_text(text + "min_version = 4\n")
+    assert "less than 4" in run("verify", path, "--policy", policy, code=10).stdout
+    policy.write_text(text)
+    assert "min_version" in run("verify", path, "--policy", policy, code=1).stderr
+    assert "in the file" in run("verify", path, "--policy", policy, "--measurement", "any", code=1).stderr
+
+
+def test_files_that_are_no_evidence(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for content, code in ((b"", 30), (b"text", 30), (b'{"format":"cloister-evidence/9","kind":"sgx","report":""}', 20)):
+        path.write_bytes(content)
+        record = json.loads(run("verify", path, "--json", code=code).stdout)
+        assert (record["exit_code"], record["claims"]) == (code, None)
+    assert "no file" in run("verify", tmp_path / "none", code=1).stderr
+
+
+def test_real_quotes_from_the_command_line(samples: Path) -> None:
+    dcap, snp = samples / "dcap", samples / "snp"
+    tdx = ["verify", dcap / "tdx_quote", "--kind", "tdx", "--collateral", dcap / "tdx_quote_collateral.json"]
+    record = json.loads(run(*tdx, "--at", "2025-06-27", "--measurement", "any", "--json", code=0).stdout)
+    assert record["claims"]["tcb_status"] == "UpToDate"
+    chain = ["--certificate", snp / "coco-test-vcek.der", "--certificate", snp / "ask_ark_milan.pem"]
+    run("verify", snp / "coco-test-report.bin", "--kind", "snp", *chain, "--measurement", "any", code=0)
+    assert (
+        "debug"
+        in run("verify", snp / "attestation.bin", "--kind", "snp", *chain, "--measurement", "any", code=10).stdout
+    )
+
+
+def test_measure_lists_and_compares(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    record = json.loads(run("measure", tmp_path, "--json", code=0).stdout)
+    assert {item["part"] for item in record["items"]} >= {"package", "dependency", "interpreter", "model", "settings"}
+    assert any(item["name"] == "config.json" for item in record["items"])
+    (tmp_path / "config.json").write_text("{ }")
+    done = run("measure", tmp_path, "--expect", record["measurement"], code=10)
+    assert "not the expected" in done.stderr
+    assert record["measurement"] not in done.stdout
+    assert "64 hexadecimal" in run("measure", "--expect", "abc", code=1).stderr
+    assert "--model-root" in run("measure", tmp_path, "--model-root", bytes(32).hex(), code=1).stderr
