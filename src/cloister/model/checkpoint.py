@@ -130,10 +130,14 @@ class Checkpoint:
         Raises:
             CheckpointError: the tensor is not a matrix or has no such rows.
         """
+        return _widen(self.raw_rows(name, start, stop))
+
+    def raw_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Returns rows as stored (see `raw`), possibly a view of the file; arguments and errors as for `rows`."""
         stored = self._find(name)
         if len(stored.shape) != 2 or not 0 <= start <= stop <= stored.shape[0]:
             raise CheckpointError(f"{stored.path}: {name} of shape {stored.shape} has no rows {start} to {stop}.")
-        return _widen(stored.rows(start, stop))
+        return stored.rows(start, stop)
 
     def release(self) -> None:
         """Lets the kernel take back the pages read so far, so that reading a large file costs no memory."""

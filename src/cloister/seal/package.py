@@ -165,7 +165,8 @@ class _Store:
         self._files: dict[str, int] = {}
         self._numbers = _chunk_numbers(manifest)
         self._kept: tuple[tuple[str, str, int], np.ndarray] | None = None
-        """The chunk read last: rows that are read in turn share one."""
+        """The chunk read last in part."""
+        self._buffer = bytearray(manifest.chunk_bytes + TAG_BYTES)
 
     def tensors(self, chosen: list[PackagedTensor]) -> "dict[str, SealedTensor]":
         made: dict[str, SealedTensor] = {}
@@ -180,35 +181,41 @@ class _Store:
         return [SealedTensor(self, tensor, self._folder / tensor.file) for tensor in chosen]
 
     def chunk(self, tensor: PackagedTensor, index: int) -> np.ndarray:
-        """Returns one chunk in clear, verified, as bytes."""
+        """Returns one chunk in clear, verified, as bytes; kept, so that rows that are read in turn share it."""
         place = (tensor.file, tensor.name, index)
-        if self._kept is not None and self._kept[0] == place:
-            return self._kept[1]
-        stored = self.stored_chunk(tensor, index)
-        if tensor.private:
-            if self._cipher is None:
-                raise PackageError(f"{self._folder} is closed, or was opened without its key.", remedy="Open it again.")
-            nonce = chunk_nonce(self._numbers[tensor.file, tensor.name] + index)
-            clear = np.empty(len(stored) - TAG_BYTES, np.uint8)
-            try:
-                self._cipher.decrypt_into(nonce, stored, self._manifest.additional_data(tensor, index), clear.data)
-            except InvalidTag as error:
-                raise self._bad(tensor, index) from error
-        else:
-            clear = np.frombuffer(stored, np.uint8)
-        self._kept = (place, clear)
-        return clear
+        if self._kept is None or self._kept[0] != place:
+            self._kept = None
+            clear = np.empty(self._length(tensor, index), np.uint8)
+            self.read(tensor, index, clear)
+            self._kept = (place, clear)
+        return self._kept[1]
 
-    def stored_chunk(self, tensor: PackagedTensor, index: int) -> bytearray:
-        """Returns one chunk as stored: copied first, so that what was compared is what is used."""
+    def read(self, tensor: PackagedTensor, index: int, out: np.ndarray) -> None:
+        """Fills `out` with one chunk in clear, verified."""
+        stored = self.stored(tensor, index)
+        if not tensor.private:
+            out[:] = np.frombuffer(stored, np.uint8)
+            return
+        if self._cipher is None:
+            raise PackageError(f"{self._folder} is closed, or was opened without its key.", remedy="Open it again.")
+        nonce = chunk_nonce(self._numbers[tensor.file, tensor.name] + index)
+        try:
+            self._cipher.decrypt_into(nonce, stored, self._manifest.additional_data(tensor, index), out.data)
+        except InvalidTag as error:
+            raise self._bad(tensor, index) from error
+
+    def stored(self, tensor: PackagedTensor, index: int) -> memoryview:
+        """Returns one chunk as stored, in a buffer that the next call reuses.
+
+        It is copied first, so that what was compared is what is used, whatever happens to the file meanwhile.
+        """
         size = self._manifest.chunk_bytes
-        length = min(size, tensor.nbytes - index * size) + (TAG_BYTES if tensor.private else 0)
-        start = tensor.offset + index * (size + (TAG_BYTES if tensor.private else 0))
-        stored = bytearray(length)
-        view = memoryview(stored)
+        tag = TAG_BYTES if tensor.private else 0
+        view = memoryview(self._buffer)[: self._length(tensor, index) + tag]
         descriptor = self._descriptor(tensor.file)
+        start = tensor.offset + index * (size + tag)
         done = 0
-        while done < length:
+        while done < len(view):
             try:
                 read = os.preadv(descriptor, [view[done:]], start + done)
             except OSError as error:
@@ -217,9 +224,13 @@ class _Store:
                 raise PackageError(f"{self._folder / tensor.file} is cut off.", remedy=_TRY_AGAIN)
             done += read
         expected = tensor.hashes[index * HASH_BYTES : (index + 1) * HASH_BYTES]
-        if hashlib.sha256(stored).digest() != expected:
+        if hashlib.sha256(view).digest() != expected:
             raise self._bad(tensor, index)
-        return stored
+        return view
+
+    def _length(self, tensor: PackagedTensor, index: int) -> int:
+        size = self._manifest.chunk_bytes
+        return min(size, tensor.nbytes - index * size)
 
     @property
     def chunk_bytes(self) -> int:
@@ -283,7 +294,7 @@ class SealedTensor:
 
     def check(self) -> int:
         """Reads every chunk, in clear where the key is there; returns the bytes read."""
-        read = self._store.chunk if self._store.has_key or not self._tensor.private else self._store.stored_chunk
+        read = self._store.chunk if self._store.has_key or not self._tensor.private else self._store.stored
         for index in range(self._tensor.chunks(self._store.chunk_bytes)):
             read(self._tensor, index)
         return self.nbytes
@@ -294,9 +305,12 @@ class SealedTensor:
         at = start
         while at < stop:
             index, within = divmod(at, size)
-            chunk = self._store.chunk(self._tensor, index)
-            take = min(stop - at, chunk.size - within)
-            out[at - start : at - start + take] = chunk[within : within + take]
+            take = min(stop - at, min(size, self.nbytes - index * size) - within)
+            target = out[at - start : at - start + take]
+            if take == min(size, self.nbytes - index * size):  # the whole chunk: no detour
+                self._store.read(self._tensor, index, target)
+            else:
+                target[:] = self._store.chunk(self._tensor, index)[within : within + take]
             at += take
         return out
 
