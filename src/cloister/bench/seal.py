@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from cloister.arith.team import usable_cores
 from cloister.bench.products import median
 from cloister.bench.record import Record
+from cloister.model.checkpoint import Checkpoint
 from cloister.seal.manifest import DEFAULT_CHUNK_BYTES, Expected
 from cloister.seal.package import Package
 from cloister.seal.selection import Privacy
@@ -43,17 +45,14 @@ def run(smoke: bool, console: Console) -> Record:
             for label, privacy in (("private", Privacy()), ("public", Privacy(tensors=()))):
                 console.print(f"{label} ...")
                 started = time.perf_counter()
-                made = seal_model(model, Path(folder) / label, SigningKey.generate(), name="m", version=1, privacy=privacy)
+                made = seal_model(
+                    model, Path(folder) / label, SigningKey.generate(), name="m", version=1, privacy=privacy
+                )
                 sealed_seconds = time.perf_counter() - started
                 with Package.open(made.folder, Expected(signers="a benchmark", min_version=1)) as package:
                     checkpoint = package.checkpoint(made.key)
 
-                    def load() -> None:
-                        for name in names:
-                            for start in range(0, shape[0], ROWS):
-                                checkpoint.raw_rows(name, start, min(start + ROWS, shape[0]))
-
-                    seconds = median(load, repeats)
+                    seconds = median(partial(_load, checkpoint, names, shape[0]), repeats)
                 rows.append(
                     {"weights": label, "seal GB/s": size / sealed_seconds / 1e9, "load GB/s": size / seconds / 1e9}
                 )
@@ -80,6 +79,12 @@ def primitives(repeats: int) -> dict[str, float]:
     hashing = median(lambda: [hashlib.sha256(chunk).digest() for _ in range(64)], repeats) / 64
     opening = median(lambda: [cipher.decrypt_into(bytes(12), stored, b"", out) for _ in range(64)], repeats) / 64
     return {"SHA-256 alone GB/s": len(chunk) / hashing / 1e9, "AES-256-GCM alone GB/s": len(chunk) / opening / 1e9}
+
+
+def _load(checkpoint: Checkpoint, names: list[str], rows: int) -> None:
+    for name in names:
+        for start in range(0, rows, ROWS):
+            checkpoint.raw_rows(name, start, min(start + ROWS, rows))
 
 
 def _write_model(folder: Path, shape: tuple[int, int], count: int) -> list[str]:
