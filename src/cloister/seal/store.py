@@ -224,7 +224,10 @@ class Store:
         columns = "number, name, min_version, policy, uses, until, revoked"
         where, values = ("", ()) if name is None else (" WHERE name = ?", (name,))
         rows = self.database.execute(f"SELECT {columns} FROM grants{where} ORDER BY number", values)  # noqa: S608 - constants
-        return [Grant(*values, revoked=bool(revoked)) for *values, revoked in rows]
+        return [
+            Grant(number, model, least, policy, uses, until, bool(revoked))
+            for number, model, least, policy, uses, until, revoked in rows
+        ]
 
     def note(self, event: dict[str, Any]) -> None:
         """Adds a line to the log, in a transaction of its own."""
