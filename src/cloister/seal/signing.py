@@ -96,7 +96,8 @@ class SigningKey:
             key = serialization.load_pem_private_key(content, password=None)
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise SealingKeyError(
-                f"{path} holds no usable private key.", remedy="Make one: cloister seal keygen."
+                f"{path} holds no usable private key.",
+                remedy="Name another: cloister seal makes one where there is none.",
             ) from error
         if not isinstance(key, ed25519.Ed25519PrivateKey | mldsa.MLDSA65PrivateKey):
             raise SealingKeyError(f"{path} holds a key of another kind.", remedy="Use an Ed25519 or ML-DSA-65 key.")
