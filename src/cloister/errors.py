@@ -24,6 +24,14 @@ CloisterError                      everything this package raises on purpose
 │   ├── EvidenceError              evidence is malformed
 │   ├── EvidenceUnsupportedError   evidence of a kind or version that cannot be verified here
 │   └── EvidenceRefusedError       evidence was verified and is not good enough
+├── SealError                      a sealed package cannot be made or trusted
+│   ├── PackageError               a package is damaged, forged, rolled back, or its key does not fit
+│   ├── SealingKeyError            a signing, wrapping or content key is absent or unusable
+│   ├── KeyRefusedError            the broker refuses to release a key
+│   └── BrokerError                the broker cannot be reached, or its store cannot be used
+├── ChannelError                   the sealed channel between client and enclave was about to be broken
+├── ReceiptError                   a receipt is malformed, forged, or for another answer
+├── IsolationError                 a process cannot be confined as asked
 ├── EnclaveLostError               the enclave process ended without being asked to
 └── GenerationError                a request cannot be generated
     ├── RequestError               the request itself is invalid (too long, bad sampling parameter)
@@ -140,6 +148,38 @@ class EvidenceRefusedError(AttestationError):
         super().__init__(message, remedy=remedy)
         self.checks = checks
         """The stable names of the checks that failed."""
+
+
+class SealError(CloisterError):
+    """A sealed package cannot be made or trusted."""
+
+
+class PackageError(SealError):
+    """A package is damaged, forged, rolled back, or its key does not fit."""
+
+
+class SealingKeyError(SealError):
+    """A signing, wrapping or content key is absent or unusable."""
+
+
+class KeyRefusedError(SealError):
+    """The broker refuses to release a key."""
+
+
+class BrokerError(SealError):
+    """The broker cannot be reached, or its store cannot be used."""
+
+
+class ChannelError(CloisterError):
+    """The sealed channel between client and enclave was about to be broken."""
+
+
+class ReceiptError(CloisterError):
+    """A receipt is malformed, forged, or for another answer."""
+
+
+class IsolationError(CloisterError):
+    """A process cannot be confined as asked."""
 
 
 class EnclaveLostError(CloisterError):

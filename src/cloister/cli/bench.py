@@ -85,6 +85,16 @@ def load(
     record.show(stdout())
 
 
+@app.command("seal")
+def seal(smoke: SmokeOption = False, out: OutOption = Path("bench/results")) -> None:
+    """Sealing and loading a sealed package, on one core; needs 3 GiB for temporary files."""
+    from cloister.bench.seal import run
+
+    record = run(smoke, stderr())
+    record.write(out)
+    record.show(stdout())
+
+
 @app.command("startup")
 def startup(smoke: SmokeOption = False, out: OutOption = Path("bench/results")) -> None:
     """Seconds from the start of `cloister generate` to its first token, with a warm cache."""
@@ -139,6 +149,7 @@ def everything(smoke: SmokeOption = False, out: OutOption = Path("bench/results"
     products(smoke, out)
     fidelity("demo", None, smoke, out)
     load(8.0, smoke, out)
+    seal(smoke, out)
     startup(smoke, out)
     leakage("demo", None, None, smoke, out)
     attention("1.1b", None, 16, smoke, out)

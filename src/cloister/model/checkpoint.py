@@ -7,16 +7,17 @@ Does not cover: authenticity. A base checkpoint is public; sealed private weight
 """
 
 import mmap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
 
 from cloister.errors import CheckpointError
 from cloister.model.files import read_object
-from cloister.model.safetensors_file import STORED, StoredTensor, map_file, read_header
+from cloister.model.safetensors_file import STORED, map_file, read_header
 from cloister.model.spec import ModelSpec
 
 MOST_SHARDS: Final = 4096
@@ -26,13 +27,56 @@ _INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
 
 
+@runtime_checkable
+class TensorSource(Protocol):
+    """A tensor that can be read: mapped from a file, or decrypted from a sealed package."""
+
+    @property
+    def path(self) -> Path:
+        """The file it is in."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Its stored type."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        ...
+
+    def view(self) -> np.ndarray:
+        """Returns it as stored; copy what is kept."""
+        ...
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Returns some rows of a matrix as stored; copy what is kept."""
+        ...
+
+
+@runtime_checkable
+class Backing(Protocol):
+    """What holds the bytes of tensors: a memory map, or a sealed file."""
+
+    def madvise(self, option: int, /) -> None:
+        """Lets go of what was read."""
+        ...
+
+    def close(self) -> None:
+        """Closes it."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
 class Checkpoint:
     """The tensors of a model directory. Close it, or use it as a context manager."""
 
-    def __init__(self, directory: Path, tensors: dict[str, StoredTensor], maps: list[mmap.mmap]) -> None:
+    def __init__(self, directory: Path, tensors: Mapping[str, TensorSource], maps: Sequence[Backing]) -> None:
         self.directory = directory
-        self._tensors = tensors
-        self._maps = maps
+        self._tensors = dict(tensors)
+        self._maps = list(maps)
 
     @staticmethod
     def open(directory: Path) -> "Checkpoint":
@@ -41,7 +85,7 @@ class Checkpoint:
         Raises:
             CheckpointError: a file is missing, truncated or lies; the error names it.
         """
-        checkpoint = Checkpoint(directory, {}, [])
+        checkpoint = Checkpoint(directory, {}, ())
         try:
             for path, names in _shards(directory).items():
                 checkpoint._add(path, names)
@@ -86,10 +130,14 @@ class Checkpoint:
         Raises:
             CheckpointError: the tensor is not a matrix or has no such rows.
         """
+        return widen(self.raw_rows(name, start, stop))
+
+    def raw_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Returns rows as stored (see `raw`), possibly a view of the file; arguments and errors as for `rows`."""
         stored = self._find(name)
         if len(stored.shape) != 2 or not 0 <= start <= stop <= stored.shape[0]:
             raise CheckpointError(f"{stored.path}: {name} of shape {stored.shape} has no rows {start} to {stop}.")
-        return widen(stored.view()[start:stop])
+        return stored.rows(start, stop)
 
     def release(self) -> None:
         """Lets the kernel take back the pages read so far, so that reading a large file costs no memory."""
@@ -126,7 +174,7 @@ class Checkpoint:
                 )
             self._tensors[name] = tensor
 
-    def _find(self, name: str) -> StoredTensor:
+    def _find(self, name: str) -> TensorSource:
         try:
             return self._tensors[name]
         except KeyError as error:

@@ -7,6 +7,7 @@ Does not cover: whether a file is authentic.
 import json
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -14,6 +15,39 @@ from cloister.errors import ModelError
 
 MAX_JSON_BYTES: Final = 64 * 2**20
 """Longest JSON file that is read (the largest tokenizers are about 35 MB)."""
+
+
+class HeldFile:
+    """A file whose content is already in memory (because it was compared with a signed hash), or that is not there."""
+
+    def __init__(self, path: Path, content: bytes | None) -> None:
+        self.path = path
+        self.content = content
+
+    def exists(self) -> bool:
+        """Returns whether there is such a file."""
+        return self.content is not None
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+class HeldFolder:
+    """Files in memory, by name; used like a `Path`."""
+
+    def __init__(self, path: Path, files: Mapping[str, bytes]) -> None:
+        self.path = path
+        self._files = dict(files)
+
+    def __truediv__(self, name: str) -> HeldFile:
+        return HeldFile(self.path / name, self._files.get(name))
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+File = Path | HeldFile
+Folder = Path | HeldFolder
 
 
 def open_regular(path: Path, kind: type[ModelError] = ModelError) -> int:
@@ -33,23 +67,33 @@ def open_regular(path: Path, kind: type[ModelError] = ModelError) -> int:
     return descriptor
 
 
-def read_bytes(path: Path, limit: int = MAX_JSON_BYTES, kind: type[ModelError] = ModelError) -> bytes:
+def read_bytes(path: File, limit: int = MAX_JSON_BYTES, kind: type[ModelError] = ModelError) -> bytes:
     """Returns the content of a file of at most `limit` bytes.
 
     Raises:
         ModelError (or `kind`): it is absent, unreadable or too long.
     """
-    with os.fdopen(open_regular(path, kind), "rb") as file:
-        try:
-            content = file.read(limit + 1)
-        except OSError as error:
-            raise kind(f"{path} cannot be read: {error.strerror}.", remedy="Fetch the model again.") from error
+    content = _held(path, kind) if isinstance(path, HeldFile) else _read(path, limit, kind)
     if len(content) > limit:
         raise kind(f"{path} is longer than {limit} bytes.", remedy="It is not a file of a usable model.")
     return content
 
 
-def read_object(path: Path, kind: type[ModelError] = ModelError) -> dict[str, Any]:
+def _held(file: HeldFile, kind: type[ModelError]) -> bytes:
+    if file.content is None:
+        raise kind(f"{file} was not sealed with the model.", remedy="Seal the whole folder again.")
+    return file.content
+
+
+def _read(path: Path, limit: int, kind: type[ModelError]) -> bytes:
+    with os.fdopen(open_regular(path, kind), "rb") as file:
+        try:
+            return file.read(limit + 1)
+        except OSError as error:
+            raise kind(f"{path} cannot be read: {error.strerror}.", remedy="Fetch the model again.") from error
+
+
+def read_object(path: File, kind: type[ModelError] = ModelError) -> dict[str, Any]:
     """Returns the JSON object in a file.
 
     Raises:

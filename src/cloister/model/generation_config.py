@@ -1,11 +1,10 @@
 """The model's own defaults for sampling, from `generation_config.json`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cloister.errors import ModelError
-from cloister.model.files import read_object
+from cloister.model.files import File, read_object
 
 _REMEDY = "Fetch the file again, or delete it to do without the model's defaults."
 
@@ -23,7 +22,7 @@ class GenerationDefaults:
     eos_ids: tuple[int, ...] = ()
 
 
-def read_generation_defaults(path: Path) -> GenerationDefaults:
+def read_generation_defaults(path: File) -> GenerationDefaults:
     """Returns the defaults in a file; all None if there is no such file.
 
     Temperature is 0 (greedy) where the file says `do_sample: false`, or says nothing of sampling at all, as transformers
@@ -51,7 +50,7 @@ def read_generation_defaults(path: Path) -> GenerationDefaults:
     )
 
 
-def token_ids(path: Path, value: object) -> tuple[int, ...]:
+def token_ids(path: File, value: object) -> tuple[int, ...]:
     """Returns the token ids of an entry that may be absent, one id, or a list of ids.
 
     Raises:
@@ -63,7 +62,7 @@ def token_ids(path: Path, value: object) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _real(path: Path, config: dict[str, Any], key: str, least: float, most: float) -> float | None:
+def _real(path: File, config: dict[str, Any], key: str, least: float, most: float) -> float | None:
     value = config.get(key)
     if value is None:
         return None
@@ -72,7 +71,7 @@ def _real(path: Path, config: dict[str, Any], key: str, least: float, most: floa
     return float(value)
 
 
-def _whole(path: Path, config: dict[str, Any], key: str, least: int) -> int | None:
+def _whole(path: File, config: dict[str, Any], key: str, least: int) -> int | None:
     value = config.get(key)
     if value is None:
         return None

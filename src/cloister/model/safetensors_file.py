@@ -77,6 +77,10 @@ class StoredTensor:
             np.frombuffer(self.data, np.uint8)[self.offset : self.offset + self.nbytes].view(dtype).reshape(self.shape)
         )
 
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Returns some rows of a matrix, a view as by `view`."""
+        return self.view()[start:stop]
+
 
 def map_file(path: Path) -> mmap.mmap:
     """Returns the file mapped read-only.

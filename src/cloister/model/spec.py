@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, Final
 
 from cloister.errors import ModelError, UnsupportedModelError
-from cloister.model.files import read_object
+from cloister.model.files import File, read_object
 
 LARGEST_DIMENSION: Final = 2**22
 """Bound on every dimension of a config: larger than any model, small enough to compute with."""
@@ -96,7 +95,7 @@ class ModelSpec:
         return self.layers * block + (tables * self.vocab_size + 1) * self.hidden_size
 
 
-def read_spec(path: Path) -> ModelSpec:
+def read_spec(path: File) -> ModelSpec:
     """Returns the spec in a `config.json`; what the file leaves out has the value that transformers gives it.
 
     Raises:
@@ -107,7 +106,7 @@ def read_spec(path: Path) -> ModelSpec:
 
 
 class _Reader:
-    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+    def __init__(self, path: File, config: dict[str, Any]) -> None:
         self._path = path
         self._config = config
 

@@ -9,14 +9,13 @@ library, it follows that file alone, where some releases of transformers rebuild
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Final
 
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from cloister.errors import CloisterError, RequestError, TokenizerError
 from cloister.model.chat_template import MAX_TEMPLATE_CHARACTERS, ChatTemplate
-from cloister.model.files import read_bytes, read_object
+from cloister.model.files import File, Folder, read_bytes, read_object
 from cloister.model.generation_config import token_ids
 
 _SPECIAL: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -53,7 +52,7 @@ class Tokenizer:
         """Tokens that end an answer: every one that any of the model's files names."""
 
     @staticmethod
-    def open(directory: Path, ends: Iterable[int] = ()) -> "Tokenizer":
+    def open(directory: Folder, ends: Iterable[int] = ()) -> "Tokenizer":
         """Returns the tokenizer of a model directory; `ends`: further tokens that end an answer.
 
         Raises:
@@ -147,7 +146,7 @@ class Tokenizer:
         return None if token is None else self._fast.token_to_id(token)
 
 
-def _read_fast(directory: Path) -> HuggingFaceTokenizer:
+def _read_fast(directory: Folder) -> HuggingFaceTokenizer:
     path = directory / "tokenizer.json"
     if not path.exists():
         convert = "AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
@@ -181,7 +180,7 @@ def _library(failure: CloisterError) -> Iterator[None]:
         raise failure from None
 
 
-def _check_added_tokens(path: Path, config: Mapping[str, Any], fast: HuggingFaceTokenizer) -> None:
+def _check_added_tokens(path: File, config: Mapping[str, Any], fast: HuggingFaceTokenizer) -> None:
     """Raises unless the tokens that the config adds are in `tokenizer.json`, where they must be to be recognised."""
     added = config.get("added_tokens_decoder") or {}
     for key, entry in added.items() if isinstance(added, dict) else ():
@@ -193,7 +192,7 @@ def _check_added_tokens(path: Path, config: Mapping[str, Any], fast: HuggingFace
             )
 
 
-def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+def _special_tokens(directory: Folder, config: Mapping[str, Any]) -> dict[str, str]:
     """Returns the texts of the special tokens: from the config, or from the older map beside it."""
     path = directory / "special_tokens_map.json"
     older = read_object(path, TokenizerError) if path.exists() else {}
@@ -208,7 +207,7 @@ def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str
     return tokens
 
 
-def _template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
+def _template_source(directory: Folder, config: Mapping[str, Any]) -> str | None:
     """Returns the chat template: its own file, or an entry of the config (one text, or several by name)."""
     path = directory / "chat_template.jinja"
     value: Any = config.get("chat_template")
@@ -227,14 +226,14 @@ def _template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
     return value
 
 
-def _flag(path: Path, config: Mapping[str, Any], key: str) -> bool | None:
+def _flag(path: File, config: Mapping[str, Any], key: str) -> bool | None:
     value = config.get(key)
     if value is not None and not isinstance(value, bool):
         raise TokenizerError(f"{path}: {key} is {value!r:.100}, not true or false.", remedy="Fetch it again.")
     return value
 
 
-def _eos_ids(directory: Path) -> set[int]:
+def _eos_ids(directory: Folder) -> set[int]:
     """Returns the end tokens that the files of the model itself name."""
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
