@@ -1,10 +1,14 @@
 """The one way this project compiles a GPU kernel: Triton, or its interpreter where `TRITON_INTERPRET=1` is set."""
 
 import inspect
+import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import triton
+
+INTERPRETED: Final = os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Whether kernels run in Triton's interpreter on the CPU, as Triton itself decides it."""
 
 
 def kernel(function: Callable[..., object]) -> Any:

@@ -9,12 +9,10 @@ the next kernel starts after its end and counts the answer with a release at sys
 touched by atomic operations, which over PCIe would not be atomic for the processor.
 """
 
-import os
-
 import triton.language as tl
 
 from cloister.accelerator.cuda.configurations import DECODE_ROWS
-from cloister.accelerator.cuda.jit import kernel
+from cloister.accelerator.cuda.jit import INTERPRETED, kernel
 from cloister.accelerator.cuda.ring import (
     ANSWERED,
     LINE,
@@ -44,7 +42,7 @@ _MISMATCH: tl.constexpr = tl.constexpr(MISMATCH)
 _DONE: tl.constexpr = tl.constexpr(int(Answer.DONE))
 _REFUSED: tl.constexpr = tl.constexpr(int(Answer.MISMATCH))
 _MOST_ROWS: tl.constexpr = tl.constexpr(DECODE_ROWS)
-_INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+_INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
 
 
 @kernel

@@ -1,0 +1,137 @@
+"""The client of a GPU on the same host, with a real worker process whose GPU is Triton's interpreter."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+import cloister
+from cloister.accelerator.cpu import open_multiplier
+from cloister.accelerator.cuda.link import GpuLink
+from cloister.accelerator.shared import SharedMemoryAccelerator
+from cloister.arith.digits import split_digits
+from cloister.arith.modulus import HALF
+from cloister.arith.product import modular_product_reference
+from cloister.errors import AcceleratorLostError, AcceleratorProtocolError, SettingsError
+from cloister.settings import Backend
+from cloister.wire.codec import received_rows
+from cloister.wire.messages import PublicWeight
+
+SECONDS = 60.0
+SHAPES = ((48, 32), (32, 48), (7, 33))
+
+
+def start_worker(interpret: str = "1", backend: str = "cuda") -> SharedMemoryAccelerator:
+    """Returns a client of a worker like `SharedMemoryAccelerator.start` makes, told to use Triton's interpreter."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cloister.accelerator.worker", "--fd", str(theirs.fileno()), "--backend", backend],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env={
+                **os.environ,
+                "TRITON_INTERPRET": interpret,
+                "CUDA_VISIBLE_DEVICES": "",
+                "PYTHONPATH": str(Path(cloister.__file__).parents[1]),
+            },
+        )
+    return SharedMemoryAccelerator(ours, process, "gpu")
+
+
+@pytest.fixture(scope="module")
+def link() -> Iterator[GpuLink]:
+    pytest.importorskip("triton", reason="triton is not installed: the GPU kernels are not tested")
+    pytest.importorskip("torch", reason="torch is not installed: the GPU kernels are not tested")
+    made = GpuLink(start_worker())
+    yield made
+    made.close()
+    made.close()
+
+
+def make_weights(rng: np.random.Generator) -> list[PublicWeight]:
+    return [PublicWeight.of(rng.integers(-127, 128, shape, dtype=np.int8)) for shape in SHAPES]
+
+
+def check(link: GpuLink, weight: PublicWeight, rows: int, rng: np.random.Generator) -> None:
+    x = rng.integers(-HALF, HALF + 1, rows * weight.shape[1], dtype=np.int32)
+    blinded = received_rows(x, rows, weight.shape[1])
+    answer = link.multiply(weight.weight_id, blinded, SECONDS)
+    np.testing.assert_array_equal(answer, modular_product_reference(weight.matrix, split_digits(blinded.rows)))
+
+
+def test_steps_go_over_the_ring_and_prompts_over_the_socket(link: GpuLink, rng: np.random.Generator) -> None:
+    weights = make_weights(rng)
+    for weight in weights:
+        link.register(weight)
+        link.register(weight)
+    assert "interpreter" in link.name
+    for rows, over_the_ring in ((1, 3), (17, 0), (3, 3), (16, 3), (1, 3)):
+        before = link.ring_products
+        for weight in weights:
+            check(link, weight, rows, rng)
+        assert link.ring_products - before == over_the_ring
+    late = PublicWeight.of(rng.integers(-127, 128, (5, 6), dtype=np.int8))
+    link.register(late)
+    for weight in (*weights, late, weights[0], weights[2], weights[0]):
+        check(link, weight, 2, rng)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_sent(link: GpuLink, rng: np.random.Generator) -> None:
+    weight = PublicWeight.of(rng.integers(-127, 128, (9, 10), dtype=np.int8))
+    rows = received_rows(np.zeros(20, np.int32), 2, 10)
+    before = link.ring_products
+    with pytest.raises(AcceleratorProtocolError, match="not registered"):
+        link.multiply(weight.weight_id, rows, SECONDS)
+    link.register(weight)
+    with pytest.raises(AcceleratorProtocolError, match="do not fit"):
+        link.multiply(weight.weight_id, received_rows(np.zeros(20, np.int32), 4, 5), SECONDS)
+    assert link.ring_products == before
+
+
+def test_a_killed_worker_is_noticed_and_reaped(rng: np.random.Generator) -> None:
+    pytest.importorskip("triton", reason="triton is not installed: the GPU kernels are not tested")
+    link = GpuLink(start_worker())
+    weight = make_weights(rng)[0]
+    link.register(weight)
+    check(link, weight, 1, rng)
+    pid = link.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    for message in ("gone", "closed after a failure"):
+        with pytest.raises(AcceleratorLostError, match=message):
+            check(link, weight, 1, rng)
+    link.close()
+    assert not psutil.pid_exists(pid)
+
+
+def test_a_backend_without_a_device_refuses_a_ring(rng: np.random.Generator) -> None:
+    link = GpuLink(start_worker(backend="numba"))
+    weight = make_weights(rng)[0]
+    link.register(weight)
+    check(link, weight, 17, rng)
+    with pytest.raises(AcceleratorProtocolError, match="serves no ring"):
+        check(link, weight, 1, rng)
+    link.close()
+
+
+def test_without_a_gpu_the_worker_says_what_is_missing(rng: np.random.Generator) -> None:
+    pytest.importorskip("triton", reason="triton is not installed: the GPU kernels are not tested")
+    link = GpuLink(start_worker(interpret="0"))
+    with pytest.raises(AcceleratorLostError, match="No CUDA device 0 is visible.*nvidia-smi"):
+        link.register(make_weights(rng)[0])
+    link.close()
+
+
+def test_without_triton_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=r"torch and triton.*cloister\[cuda\]"):
+        open_multiplier(Backend.CUDA, 1)
