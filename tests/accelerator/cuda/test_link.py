@@ -13,14 +13,24 @@ import psutil
 import pytest
 
 import cloister
+from cloister.accelerator.api import Accelerator
 from cloister.accelerator.cpu import open_multiplier
 from cloister.accelerator.cuda.link import GpuLink
+from cloister.accelerator.inprocess import InProcessAccelerator
 from cloister.accelerator.shared import SharedMemoryAccelerator
 from cloister.arith.digits import split_digits
 from cloister.arith.modulus import HALF
 from cloister.arith.product import modular_product_reference
+from cloister.assets import demo_model
+from cloister.blinding.pads import PadSource
+from cloister.blinding.pantry import Pantry
+from cloister.enclave.forward import Forward
+from cloister.enclave.kvcache import PagedKVCache
+from cloister.enclave.outsource import Gate
+from cloister.enclave.prepare import EnclaveModel, prepare
 from cloister.errors import AcceleratorLostError, AcceleratorProtocolError, SettingsError
-from cloister.settings import Backend
+from cloister.model.directory import open_model
+from cloister.settings import Backend, BlindingSettings, Prefill, Settings, Weights
 from cloister.wire.codec import received_rows
 from cloister.wire.messages import PublicWeight
 
@@ -135,3 +145,29 @@ def test_without_triton_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r"torch and triton.*cloister\[cuda\]"):
         open_multiplier(Backend.CUDA, 1)
+
+
+def logits(model: EnclaveModel, accelerator: Accelerator, tokens: list[int], steps: int) -> list[np.ndarray]:
+    """Returns the logits after a prompt and after each of some tokens that follow it."""
+    lending = Settings(blinding=BlindingSettings(prefill=Prefill.BLINDED))
+    for linear in model.linears:
+        accelerator.register(linear.weight)
+    pantry = Pantry(model.linears, 2**28, PadSource())
+    gate = Gate(model.linears, [accelerator], pantry, lending)
+    spec = model.spec
+    forward = Forward(model, gate, PagedKVCache(spec.layers, spec.kv_heads, spec.head_dim, 16, 64))
+    seen = [forward.run(tokens)] + [forward.run([token]) for token in tokens[:steps]]
+    assert not gate.counters.incidents
+    return seen
+
+
+def test_a_whole_model_gives_the_same_bits_as_the_cpu(link: GpuLink) -> None:
+    directory = open_model(demo_model())
+    model = prepare(directory.checkpoint, directory.spec, BlindingSettings(weights=Weights.INT8X2), PadSource())
+    tokens = directory.tokenizer.encode("Once upon a time, there was a kind fox named Mia, and she was brave.")
+    before = link.ring_products
+    for ours, theirs in zip(
+        logits(model, link, tokens, 2), logits(model, InProcessAccelerator(), tokens, 2), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    assert link.ring_products - before >= 2 * len(model.linears)

@@ -18,6 +18,7 @@ from cloister.accelerator.shared import SharedMemoryAccelerator
 from cloister.errors import AcceleratorError, AcceleratorLostError, AcceleratorProtocolError, WireError
 from cloister.settings import Backend
 from cloister.wire.messages import Blinded, PublicWeight
+from cloister.wire.pairs import PairRequest
 from cloister.wire.sealed_memory import Arena
 
 FEW_ROWS: Final = 4
@@ -82,6 +83,14 @@ class GpuLink:
             raise self._worker.give_up(error) from error
         self.ring_products += 1
         return answer
+
+    def multiply_pair(self, request: PairRequest, timeout_seconds: float) -> Int32[np.ndarray, "heads rows d_out"]:
+        """Returns the unverified product of two blinded matrices, which the worker's processor makes."""
+        return self._worker.multiply_pair(request, timeout_seconds)
+
+    def release(self, operand: int, timeout_seconds: float) -> None:
+        """Lets the worker forget a kept operand."""
+        self._worker.release(operand, timeout_seconds)
 
     def close(self) -> None:
         """Ends the worker and frees the memory; harmless when already closed."""
