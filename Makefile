@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint types fmt cov docs docs-check bench bench-smoke lock clean
+.PHONY: help setup demo test test-all lint types fmt cov docs docs-check bench bench-gpu bench-smoke lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ docs: $(VENV)/.dev ## regenerate the generated parts and build the site, strictl
 
 bench: $(VENV)/.dev ## measure: speed, trusted CPU, fidelity; writes JSON records
 	$(BIN)/cloister bench all
+
+bench-gpu: $(VENV)/.dev ## check and measure on a GPU within ten minutes; needs a CUDA build of PyTorch (docs/cuda.md)
+	$(BIN)/python scripts/bench_gpu.py
 
 bench-smoke: $(VENV)/.dev ## a short run of every benchmark, for CI
 	$(BIN)/cloister bench all --smoke --out build/bench-smoke
