@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+GPU_PYTHON ?= $(BIN)/python
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint types fmt cov docs docs-check bench bench-gpu bench-smoke lock clean
@@ -53,8 +54,8 @@ docs: $(VENV)/.dev ## regenerate the generated parts and build the site, strictl
 bench: $(VENV)/.dev ## measure: speed, trusted CPU, fidelity; writes JSON records
 	$(BIN)/cloister bench all
 
-bench-gpu: $(VENV)/.dev ## check and measure on a GPU within ten minutes; needs a CUDA build of PyTorch (docs/cuda.md)
-	$(BIN)/python scripts/bench_gpu.py
+bench-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.dev) ## check and measure on a GPU in ten minutes (GPU_PYTHON: one with CUDA PyTorch)
+	PYTHONPATH=src $(GPU_PYTHON) scripts/bench_gpu.py
 
 bench-smoke: $(VENV)/.dev ## a short run of every benchmark, for CI
 	$(BIN)/cloister bench all --smoke --out build/bench-smoke

@@ -2,18 +2,13 @@
 
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
-import cloister
 from cloister.accelerator.api import Accelerator
 from cloister.accelerator.cpu import open_multiplier
 from cloister.accelerator.cuda.link import GpuLink
@@ -21,11 +16,11 @@ from cloister.accelerator.cuda.multiplier import DeviceBackend, open_cuda
 from cloister.accelerator.cuda.reference import ReferenceDevice
 from cloister.accelerator.inprocess import InProcessAccelerator
 from cloister.accelerator.remote import AcceleratorServer, RemoteAccelerator
-from cloister.accelerator.shared import SharedMemoryAccelerator
 from cloister.arith.digits import split_digits
 from cloister.arith.modulus import HALF
 from cloister.arith.product import modular_product_reference
 from cloister.assets import demo_model
+from cloister.bench.gpu.worker import open_link, start_worker
 from cloister.blinding.pads import PadSource
 from cloister.blinding.pantry import Pantry
 from cloister.cli.accelerator import DeviceKind, backend_of
@@ -43,30 +38,11 @@ SECONDS = 60.0
 SHAPES = ((48, 32), (32, 48), (7, 33))
 
 
-def start_worker(interpret: str = "1", backend: str = "cuda") -> SharedMemoryAccelerator:
-    """Returns a client of a worker like `SharedMemoryAccelerator.start` makes, told to use Triton's interpreter."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cloister.accelerator.worker", "--fd", str(theirs.fileno()), "--backend", backend],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env={
-                **os.environ,
-                "TRITON_INTERPRET": interpret,
-                "CUDA_VISIBLE_DEVICES": "",
-                "PYTHONPATH": str(Path(cloister.__file__).parents[1]),
-            },
-        )
-    return SharedMemoryAccelerator(ours, process, "gpu")
-
-
 @pytest.fixture(scope="module")
 def link() -> Iterator[GpuLink]:
     pytest.importorskip("triton", reason="triton is not installed: the GPU kernels are not tested")
     pytest.importorskip("torch", reason="torch is not installed: the GPU kernels are not tested")
-    made = GpuLink(start_worker())
+    made = open_link(smoke=True)
     yield made
     made.close()
     made.close()
@@ -114,7 +90,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_sent(link: GpuLink, rng
 
 def test_a_killed_worker_is_noticed_and_reaped(rng: np.random.Generator) -> None:
     pytest.importorskip("triton", reason="triton is not installed: the GPU kernels are not tested")
-    link = GpuLink(start_worker())
+    link = open_link(smoke=True)
     weight = make_weights(rng)[0]
     link.register(weight)
     check(link, weight, 1, rng)
@@ -129,7 +105,7 @@ def test_a_killed_worker_is_noticed_and_reaped(rng: np.random.Generator) -> None
 
 
 def test_a_backend_without_a_device_refuses_a_ring(rng: np.random.Generator) -> None:
-    link = GpuLink(start_worker(backend="numba"))
+    link = GpuLink(start_worker({}, backend="numba"))
     weight = make_weights(rng)[0]
     link.register(weight)
     check(link, weight, 17, rng)
@@ -140,7 +116,7 @@ def test_a_backend_without_a_device_refuses_a_ring(rng: np.random.Generator) -> 
 
 def test_without_a_gpu_the_worker_says_what_is_missing(rng: np.random.Generator) -> None:
     pytest.importorskip("triton", reason="triton is not installed: the GPU kernels are not tested")
-    link = GpuLink(start_worker(interpret="0"))
+    link = GpuLink(start_worker({"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}))
     with pytest.raises(AcceleratorLostError, match="No CUDA device 0 is visible.*nvidia-smi"):
         link.register(make_weights(rng)[0])
     link.close()

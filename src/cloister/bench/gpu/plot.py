@@ -36,7 +36,7 @@ def draw(record: Record, folder: Path) -> Path | None:
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds of one decode step")
     axes.legend(loc="lower right")
-    axes.set_title(f"{record.facts['device']}")
+    figure.suptitle(str(record.facts["device"]))
     path = folder / f"{record.name.replace('end-to-end', 'where-time-goes')}.png"
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -86,7 +86,7 @@ def cache_bytes(device: torch.device) -> int:
 def device_facts(smoke: bool) -> dict[str, Any]:
     """Returns the device, its driver and its clocks as they were found; nothing is changed."""
     if smoke:
-        return {"device": "none: toy sizes in Triton's interpreter on the CPU; no figure here means anything"}
+        return {"device": "none: toy sizes on the CPU, no figure means anything"}
     query = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,memory.total"
     try:
         done = subprocess.run(

@@ -1,4 +1,7 @@
-"""Starts the worker of the GPU, or one whose GPU is Triton's interpreter: the same process, link and protocol at toy speed."""
+"""Starts the worker of the GPU, or one whose GPU is Triton's interpreter: the same process, link and protocol at toy speed.
+
+Unlike `SharedMemoryAccelerator.start` it runs this very checkout, installed or not, with this process' environment.
+"""
 
 import os
 import socket
@@ -13,11 +16,11 @@ from cloister.accelerator.shared import SharedMemoryAccelerator
 
 def open_link(smoke: bool) -> GpuLink:
     """Returns a link to a new worker process, on the first GPU or, for a smoke run, on the interpreter."""
-    return GpuLink(interpreted_worker()) if smoke else GpuLink.start()
+    return GpuLink(start_worker({"TRITON_INTERPRET": "1" if smoke else "0"}))
 
 
-def interpreted_worker(interpret: str = "1", backend: str = "cuda") -> SharedMemoryAccelerator:
-    """Returns a client of a worker like `SharedMemoryAccelerator.start` makes, with `TRITON_INTERPRET` set."""
+def start_worker(variables: dict[str, str], backend: str = "cuda") -> SharedMemoryAccelerator:
+    """Returns a client of a new worker process with `variables` in its environment."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         process = subprocess.Popen(
@@ -25,11 +28,6 @@ def interpreted_worker(interpret: str = "1", backend: str = "cuda") -> SharedMem
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            env={
-                **os.environ,
-                "TRITON_INTERPRET": interpret,
-                "CUDA_VISIBLE_DEVICES": "",
-                "PYTHONPATH": str(Path(cloister.__file__).parents[1]),
-            },
+            env={**os.environ, "PYTHONPATH": str(Path(cloister.__file__).parents[1]), **variables},
         )
     return SharedMemoryAccelerator(ours, process, "gpu")
