@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+GPU_PYTHON ?= $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint types fmt cov docs docs-check bench bench-smoke fuzz lock clean
+.PHONY: help setup demo test test-all lint types fmt cov docs docs-check bench bench-smoke fuzz lock clean bench-gpu
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -52,6 +53,9 @@ docs: $(VENV)/.dev ## regenerate the generated parts and build the site, strictl
 
 bench: $(VENV)/.dev ## measure: speed, trusted CPU, fidelity; writes JSON records
 	$(BIN)/cloister bench all
+
+bench-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.dev) ## check and measure on a GPU in ten minutes (GPU_PYTHON: one with CUDA PyTorch)
+	PYTHONPATH=src $(GPU_PYTHON) scripts/bench_gpu.py
 
 bench-smoke: $(VENV)/.dev ## a short run of every benchmark, for CI
 	$(BIN)/cloister bench all --smoke --out build/bench-smoke

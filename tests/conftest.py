@@ -1,9 +1,12 @@
 """Fixtures that every test may use: where the optional real models and data are, and small deterministic generators."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU in these tests
 
 SHARED_ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
 

@@ -45,12 +45,13 @@ class OnFailure(StrEnum):
 
 
 class Backend(StrEnum):
-    """What multiplies int8 matrices on the accelerator; `auto` measures what is installed."""
+    """What multiplies int8 matrices on the accelerator; `auto` measures what is installed for the CPU."""
 
     AUTO = "auto"
     NUMBA = "numba"
     TORCH = "torch"
     ONNXRUNTIME = "onnxruntime"
+    CUDA = "cuda"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

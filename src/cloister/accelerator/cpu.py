@@ -193,6 +193,10 @@ def open_multiplier(backend: Backend, threads: int) -> Multiplier:
         if best_instruction_set() is not InstructionSet.PORTABLE:
             return NumbaMultiplier(threads)
         return fastest([MULTIPLIERS[name](threads) for name in installed_backends()])
+    if backend is Backend.CUDA:
+        from cloister.accelerator.cuda.multiplier import open_cuda  # here: CUDA is asked for by name, never looked for
+
+        return open_cuda()
     if backend not in installed_backends():
         raise SettingsError(
             f"The accelerator backend {backend.value!r} is not installed.",

@@ -61,6 +61,14 @@ class Registry:
             raise RefusedError(Status.BAD_SHAPE, f"Weight {frame.weight} is {d_out} x {d_in}.")
         return d_out
 
+    def prepared(self) -> list[object]:
+        """Returns what the multiplier keeps of each weight, in the order of their indices."""
+        return [self._weights[index][0] for index in sorted(self._weights)]
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """Returns (d_out, d_in) of each weight, in the order of their indices."""
+        return [self._weights[index][1:] for index in sorted(self._weights)]
+
     def multiply(self, frame: Frame, blinded: Blinded, out: Int32[np.ndarray, "rows d_out"]) -> None:
         """Fills `out` with the product that `frame` asks for."""
         self._multiplier.multiply(self._weights[frame.weight][0], blinded.rows, out)

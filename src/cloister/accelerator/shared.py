@@ -48,7 +48,10 @@ REGISTER_SECONDS: Final = 60.0
 SEND_SECONDS: Final = 1.0
 """Longest wait for room for one header. Only a worker that answers without reading can let the socket fill up."""
 
-KEPT_VARIABLES: Final = ("PATH", "LANG", "LC_ALL", "HOME", "TMPDIR", "NUMBA_CACHE_DIR", "CUDA_VISIBLE_DEVICES")
+KEPT_VARIABLES: Final = (
+    "PATH", "LANG", "LC_ALL", "HOME", "TMPDIR", "NUMBA_CACHE_DIR",
+    "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "TRITON_CACHE_DIR",
+)  # fmt: skip
 """Environment variables that a worker inherits."""
 
 
@@ -164,6 +167,32 @@ class SharedMemoryAccelerator:
             self._checked(length, kind)
             raise self._fail(AcceleratorProtocolError(f"The worker {self.name} answered with another shape."))
 
+    def attach_ring(self, arena: Arena, rows: int) -> None:
+        """Lets the worker's device serve a ring in `arena`, with steps over all weights registered so far.
+
+        Raises:
+            AcceleratorError: it has no device, or the device cannot; this accelerator is closed then.
+        """
+        self._await_ready()
+        self._send(Frame(Kind.RING, self._next(), rows=rows).encode(), [arena.fd])
+        self._receive(Kind.READY, START_SECONDS)
+
+    def check_alive(self) -> None:
+        """Raises `AcceleratorError`, and closes this accelerator, if the worker is gone or speaks unasked."""
+        try:
+            length = len(self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise self._fail(self._lost()) from error
+        raise self._fail(
+            AcceleratorProtocolError(f"The worker {self.name} speaks without being asked.") if length else self._lost()
+        )
+
+    def give_up(self, error: AcceleratorError) -> AcceleratorError:
+        """Closes this accelerator and returns the error, to be raised: its ring can no longer be trusted to be in turn."""
+        return self._fail(error)
+
     def close(self) -> None:
         """Ends the worker and frees the memory; harmless when already closed."""
         self._closed = self._closed or "closed"
@@ -185,7 +214,9 @@ class SharedMemoryAccelerator:
             raise AcceleratorLostError(f"The accelerator {self.name} is {self._closed}.", remedy="Start another.")
         if not self._ready:
             length = self._wait(START_SECONDS)
-            frame = self._decoded(length, [Kind.READY])
+            frame = self._decoded(length, [Kind.READY, Kind.ERROR])
+            if frame.kind is Kind.ERROR:
+                raise self._fail(AcceleratorLostError(f"The worker {self._label} cannot start: {self._text(length)}"))
             if frame.request != 0:
                 raise self._fail(AcceleratorProtocolError(f"The worker {self._label} did not say that it is ready."))
             self._backend = self._text(length)

@@ -10,10 +10,13 @@ import socket
 import sys
 from typing import Final
 
-from cloister.accelerator.cpu import open_multiplier
+from cloister.accelerator.cpu import Multiplier, open_multiplier
+from cloister.accelerator.cuda.configurations import DECODE_ROWS
+from cloister.accelerator.cuda.interfaces import DeviceMultiplier
+from cloister.accelerator.cuda.ring import Layout, Ring
 from cloister.accelerator.operands import DEFAULT_OPERAND_BYTES, RefusedError
 from cloister.accelerator.registry import DEFAULT_WEIGHT_BYTES, Registry
-from cloister.errors import CloisterError, WireError
+from cloister.errors import CloisterError, SettingsError, WireError
 from cloister.settings import Backend
 from cloister.wire.codec import (
     HEADER_BYTES,
@@ -40,9 +43,11 @@ POLLS: Final = 500
 class Worker:
     """Serves one client."""
 
-    def __init__(self, sock: socket.socket, registry: Registry) -> None:
+    def __init__(self, sock: socket.socket, registry: Registry, device: DeviceMultiplier | None = None) -> None:
+        """`device`: the registry's multiplier, if it owns a device that can lock memory and serve a ring."""
         self._sock = sock
         self._registry = registry
+        self._device = device
         self._arenas: tuple[Arena, Arena] | None = None
 
     def serve(self, name: str) -> None:
@@ -101,9 +106,32 @@ class Worker:
             self._registry.add(frame, map_sealed_matrix(descriptors[0], (frame.d_out, frame.d_in)))
             return Frame(Kind.REGISTERED, frame.request, frame.weight).encode()
         if frame.kind is Kind.ARENAS and len(descriptors) == 2:
-            self._arenas = (Arena.received(descriptors[0]), Arena.received(descriptors[1]))
+            self._exchange_arenas((Arena.received(descriptors[0]), Arena.received(descriptors[1])))
+            return Frame(Kind.READY, frame.request).encode()
+        if frame.kind is Kind.RING and len(descriptors) == 1:
+            self._serve_ring(frame, Arena.received(descriptors[0]))
             return Frame(Kind.READY, frame.request).encode()
         raise WireError(f"A {frame.kind.name} frame came with {len(descriptors)} descriptors.")
+
+    def _exchange_arenas(self, arenas: tuple[Arena, Arena]) -> None:
+        if self._device is not None:
+            for arena in self._arenas or ():
+                self._device.unpin(arena.words)
+            for arena in arenas:
+                self._device.pin(arena.words)
+        self._arenas = arenas
+
+    def _serve_ring(self, frame: Frame, arena: Arena) -> None:
+        """Lets the device serve decode steps over all weights registered so far."""
+        if self._device is None or not 1 <= frame.rows <= DECODE_ROWS:
+            raise RefusedError(Status.BAD_FRAME, f"This backend serves no ring of {frame.rows} rows.")
+        ring = Ring(arena.words, Layout.of(self._registry.shapes(), frame.rows))
+        self._device.serve(ring, self._registry.prepared(), frame.rows, self._device_failed)
+
+    def _device_failed(self, error: Exception) -> None:
+        """Ends this worker: its client learns it from the closed socket, whoever reads the log from this line."""
+        print(f"worker: the device failed: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        self._sock.shutdown(socket.SHUT_RDWR)
 
     def _multiply(self, frame: Frame) -> bytes:
         d_out = self._registry.width(frame)
@@ -139,13 +167,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-weight-bytes", type=int, default=DEFAULT_WEIGHT_BYTES)
     parser.add_argument("--max-operand-bytes", type=int, default=DEFAULT_OPERAND_BYTES)
     options = parser.parse_args(arguments)
-    multiplier = open_multiplier(Backend(options.backend), options.threads)
     with socket.socket(fileno=options.fd) as sock:
         try:
-            registry = Registry(multiplier, options.max_weight_bytes, options.max_operand_bytes)
-            Worker(sock, registry).serve(multiplier.name)
+            multiplier: Multiplier = open_multiplier(Backend(options.backend), options.threads)
+        except SettingsError as error:
+            sock.send(Frame(Kind.ERROR, status=Status.FAILED).encode() + str(error).encode()[:MAX_ERROR_BYTES])
+            return 1
+        device = multiplier if isinstance(multiplier, DeviceMultiplier) else None
+        registry = Registry(multiplier, options.max_weight_bytes, options.max_operand_bytes)
+        try:
+            Worker(sock, registry, device).serve(multiplier.name)
         except (BrokenPipeError, ConnectionResetError):
             return 0  # the client is gone
+        finally:
+            multiplier.close()
     return 0
 
 

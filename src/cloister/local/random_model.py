@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
+from jaxtyping import Int8
 
 from cloister.arith.team import Team
 from cloister.blinding.checks import CheckKey
@@ -34,6 +35,9 @@ SMOKE: Final = dataclasses.replace(
     windows=(None,) * 2,
 )
 
+_STRETCH: Final = 2**25 - 39
+"""Weights that are drawn before they repeat: a prime, so that no two rows are alike."""
+
 
 class RandomEmbedding:
     """An embedding table of small random float16 values."""
@@ -50,7 +54,7 @@ class RandomEmbedding:
 def random_model(spec: ModelSpec, checks: int, source: PadSource, team: Team) -> EnclaveModel:
     """Returns a model of `spec` with uniform int8 weights and a fixed seed."""
     generator = np.random.default_rng(0)
-    linears = tuple(_linear(name, shape, checks, source, team, generator) for name, shape in _shapes(spec))
+    linears = tuple(random_linear(name, shape, checks, source, team, generator) for name, shape in _shapes(spec))
     ones, none = np.ones(spec.hidden_size, np.float32), np.empty(0, np.float32)
     layer = LayerWeights(ones, ones, none, none)
     embedding = RandomEmbedding(spec.vocab_size, spec.hidden_size, generator)
@@ -68,13 +72,22 @@ def _shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, int]]]:
     yield "lm_head", (spec.vocab_size, spec.hidden_size)
 
 
-def _linear(
+def random_linear(
     name: str, shape: tuple[int, int], checks: int, source: PadSource, team: Team, generator: np.random.Generator
 ) -> LentLinear:
+    """Returns a linear of `shape` (d_out, d_in) with uniform int8 weights, ready to be lent."""
     memory = SealedMatrix.create(shape)
-    memory.array[:] = generator.integers(-127, 128, shape, np.int8)
+    _fill(memory.array.reshape(-1), generator)
     memory.seal()
     weight = PublicWeight(memory.array, weight_hash(memory.array), memory)
     scale = np.full((1, shape[0]), 1.0 / (73.0 * shape[1] ** 0.5), np.float32)  # keeps activations of order one
     key = CheckKey.draw(weight, checks, source, team)
     return LentLinear(name, weight, scale, Reach.of(127.0 * shape[1] ** 0.5, shape[1]), key, np.empty(0, np.float32))
+
+
+def _fill(weights: Int8[np.ndarray, " n"], generator: np.random.Generator) -> None:
+    """Overwrites `weights` with uniform levels; large ones repeat a long random stretch, which no cache holds."""
+    stretch = generator.integers(-127, 128, min(weights.size, _STRETCH), np.int8)
+    for start in range(0, weights.size, stretch.size):
+        piece = weights[start : start + stretch.size]
+        piece[:] = stretch[: piece.size]

@@ -51,6 +51,7 @@ class Kind(IntEnum):
     PAIR_PRODUCT = 9
     RELEASE = 10
     RELEASED = 11
+    RING = 12
 
 
 class Status(IntEnum):

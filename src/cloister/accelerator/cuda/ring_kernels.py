@@ -1,0 +1,96 @@
+"""The two small kernels around a product in a recorded step: await an order and fetch its rows; publish the answer.
+
+With them a step is a fixed list of launches: no code on the host runs between two products.
+State on the device, int32 [4]: rows of the current order (see `ring`: 0 or less means nothing to do), its slot, the turn.
+
+Ordering. The doorbell is polled with volatile loads, which go to host memory; a fence follows, and the order and rows are
+read volatile as well, so neither cache can hold them from an earlier turn. The product writes the answer into host memory;
+the next kernel starts after its end and counts the answer with a release at system scope. The counters of the host are never
+touched by atomic operations, which over PCIe would not be atomic for the processor.
+"""
+
+import triton.language as tl
+
+from cloister.accelerator.cuda.configurations import DECODE_ROWS
+from cloister.accelerator.cuda.jit import INTERPRETED, kernel
+from cloister.accelerator.cuda.ring import (
+    ANSWERED,
+    LINE,
+    MISMATCH,
+    ORDERS,
+    REQUESTED,
+    ROWS,
+    SLOTS,
+    STATUS,
+    STOP,
+    STOPPED,
+    WEIGHT,
+    Answer,
+)
+
+_REQUESTED: tl.constexpr = tl.constexpr(REQUESTED)
+_ANSWERED: tl.constexpr = tl.constexpr(ANSWERED)
+_STOP: tl.constexpr = tl.constexpr(STOP)
+_ORDERS: tl.constexpr = tl.constexpr(ORDERS)
+_LINE: tl.constexpr = tl.constexpr(LINE)
+_SLOT_MASK: tl.constexpr = tl.constexpr(SLOTS - 1)
+_WEIGHT: tl.constexpr = tl.constexpr(WEIGHT)
+_ROWS: tl.constexpr = tl.constexpr(ROWS)
+_STATUS: tl.constexpr = tl.constexpr(STATUS)
+_STOPPED: tl.constexpr = tl.constexpr(STOPPED)
+_MISMATCH: tl.constexpr = tl.constexpr(MISMATCH)
+_DONE: tl.constexpr = tl.constexpr(int(Answer.DONE))
+_REFUSED: tl.constexpr = tl.constexpr(int(Answer.MISMATCH))
+_MOST_ROWS: tl.constexpr = tl.constexpr(DECODE_ROWS)
+_INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
+
+
+@kernel
+def _fenced(value):  # type: ignore[no-untyped-def]
+    """Returns `value`, after everything that came before and before everything that comes after, for the host as well."""
+    if _INTERPRETED:
+        return value
+    return tl.inline_asm_elementwise(
+        "fence.acq_rel.sys; mov.b32 $0, $1;", "=r,r", [value], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@kernel
+def await_rows(  # type: ignore[no-untyped-def]  # noqa: PLR0913
+    ring_ptr, x_ptr, state_ptr, weight, d_in, requests, request_words, most_rows, BLOCK: tl.constexpr
+):
+    """Waits until the next order is posted or the ring is stopped; copies its rows to `x` and notes it in `state`.
+
+    Grid: any number of programs; each waits for itself and copies every such block of the rows in turn.
+    """
+    turn = tl.load(state_ptr + 2)
+    posted = tl.load(ring_ptr + _REQUESTED, volatile=True)
+    stop = tl.load(ring_ptr + _STOP, volatile=True)
+    while (posted == turn) & (stop == 0):
+        posted = tl.load(ring_ptr + _REQUESTED, volatile=True)
+        stop = tl.load(ring_ptr + _STOP, volatile=True)
+    slot = _fenced(turn & _SLOT_MASK)
+    order = ring_ptr + _ORDERS + slot * _LINE
+    rows = tl.minimum(tl.load(order + _ROWS, volatile=True), most_rows)
+    rows = tl.where(tl.load(order + _WEIGHT, volatile=True) == weight, rows, _MISMATCH)
+    rows = tl.where(stop == 0, rows, _STOPPED)
+    if tl.program_id(0) == 0:
+        tl.store(state_ptr, rows)
+        tl.store(state_ptr + 1, slot)
+    source = ring_ptr + requests + slot.to(tl.int64) * request_words
+    words = rows * d_in
+    for first in range(tl.program_id(0) * BLOCK, words, tl.num_programs(0) * BLOCK):
+        word = first + tl.arange(0, BLOCK)
+        tl.store(x_ptr + word, tl.load(source + word, mask=word < words, other=0, volatile=True), mask=word < words)
+
+
+@kernel
+def publish(ring_ptr, state_ptr):  # type: ignore[no-untyped-def]
+    """Says what became of the current order, counts it as answered and turns to the next; nothing if the ring is stopped."""
+    rows = tl.load(state_ptr)
+    if rows != _STOPPED:
+        turn = tl.load(state_ptr + 2) + 1
+        order = ring_ptr + _ORDERS + tl.load(state_ptr + 1) * _LINE
+        tl.store(order + _STATUS, tl.where(rows == _MISMATCH, _REFUSED, _DONE))
+        tl.store(state_ptr + 2, turn)
+        tl.atomic_xchg(ring_ptr + _ANSWERED, turn, sem="release", scope="sys")

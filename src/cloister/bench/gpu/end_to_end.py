@@ -1,0 +1,152 @@
+"""Whole models in the shapes of Llama-2-7B and Llama-3-8B, random weights: every variant in its own process, side by side."""
+
+import json
+import subprocess
+import sys
+from typing import Any, Final
+
+from rich.console import Console
+
+from cloister.bench.gpu.baselines import KINDS
+from cloister.bench.gpu.budget import Budget
+from cloister.bench.gpu.shapes import MODELS, products
+from cloister.bench.gpu.timing import device_facts
+from cloister.bench.record import Record
+
+BASELINES: Final = {
+    "transformers": "transformers bf16, eager",
+    "bf16": "unprotected bf16, CUDA graph",
+    "int8": "unprotected int8, CUDA graph",
+}
+
+LATENCY_BAR: Final = 1.5
+ENCLAVE_BAR: Final = 10.0
+
+_ENGINE_SECONDS: Final = 150.0
+_BASELINE_SECONDS: Final = 90.0
+_MARGIN_SECONDS: Final = 20.0
+"""Kept for writing records and the plot."""
+
+
+def run(smoke: bool, console: Console, budget: Budget, kernels: Record | None) -> Record:
+    """Returns the record; what does not fit the budget is named as skipped. `kernels` tells how long the products take."""
+    models = ["smoke"] if smoke else ["llama-3-8b", "llama-2-7b"]
+    batches, contexts, tokens = ([1, 16], [16], 2) if smoke else ([1, 16], [128, 2048], 32)
+    arguments = [*_list("--batches", batches), *_list("--contexts", contexts), "--tokens", str(tokens)]
+    rows: list[dict[str, Any]] = []
+    facts: dict[str, Any] = device_facts(smoke)
+    skipped: list[str] = []
+    for model in models:
+        found: list[dict[str, Any]] = []
+        limit = min(_ENGINE_SECONDS, budget.left_seconds - _MARGIN_SECONDS)
+        console.print(f"{model}: blinded, pads, enclave-only ...")
+        # What the child does not begin within two thirds of its time it skips; the rest is for what it has begun.
+        engine = _child("engine", [model, *arguments, "--seconds", str(limit * 2 / 3)], limit)
+        if isinstance(engine, str):
+            skipped.append(f"{model}, our engine: {engine}")
+        else:
+            found += with_pads(engine["results"], engine["pads"])
+            skipped += [f"{model}, {what}" for what in engine["skipped"]]
+        for kind in KINDS:
+            console.print(f"{model}: {BASELINES[kind]} ...")
+            limit = min(_BASELINE_SECONDS, budget.left_seconds - _MARGIN_SECONDS)
+            result = _child("baselines", [kind, model, *arguments], limit)
+            if isinstance(result, str):
+                skipped.append(f"{model}, {BASELINES[kind]}: {result}")
+            else:
+                found += [{"variant": BASELINES[kind], **figures} for figures in result]
+        for figures in found:
+            if figures["variant"] == "blinded online":
+                figures |= where_time_goes(figures, model, kernels)
+        facts |= ratios(model, found)
+        rows += [{"model": model, **figures} for figures in found]
+    facts["skipped"] = "; ".join(skipped) or "nothing"
+    return Record(
+        "gpu-end-to-end-smoke" if smoke else "gpu-end-to-end",
+        rows,
+        facts,
+        {"batches": batches, "contexts": contexts, "tokens": tokens, "models": models},
+        "Decode; random weights. Blinded: the enclave is a software stand-in on this host's processor, a batch is rows of one "
+        "sequence, and its CPU time contains the wait for the GPU, which it spends watching the ring. 'Kernel' is the sum of "
+        "the products as measured alone, 'link' the rest of the lent time, 'enclave' the rest of the step.",
+    )
+
+
+def with_pads(results: list[dict[str, Any]], pads: dict[str, float]) -> list[dict[str, Any]]:
+    """Returns the results and, for each blinded one, what it is when each token's pads are made just before it."""
+    joined = list(results)
+    for one in results:
+        if one["variant"] == "blinded online":
+            extra = pads["pad ms/token"] * one["batch"]
+            joined.append(
+                {
+                    "variant": "blinded, pads included",
+                    "batch": one["batch"],
+                    "context": one["context"],
+                    "tokens_per_s": 1e3 * one["batch"] / (1e3 * one["batch"] / one["tokens_per_s"] + extra),
+                    "p50_ms": one["p50_ms"] + extra,
+                    "p95_ms": one["p95_ms"] + extra,
+                    "enclave CPU ms/token": one["enclave CPU ms/token"] + pads["pad CPU ms/token"],
+                }
+            )
+    return joined
+
+
+def where_time_goes(figures: dict[str, Any], model: str, kernels: Record | None) -> dict[str, float]:
+    """Returns the parts of a blinded step in milliseconds: enclave, link and kernel (with `kernels` for this batch)."""
+    step = 1e3 * figures["batch"] / figures["tokens_per_s"]
+    lent = figures["lent ms/step"]
+    kernel = None if kernels is None else kernel_ms(model, figures["batch"], kernels)
+    if kernel is None:
+        return {"enclave ms": step - lent, "link and kernel ms": lent}
+    return {"enclave ms": step - lent, "link ms": max(0.0, lent - kernel), "kernel ms": kernel}
+
+
+def kernel_ms(model: str, rows: int, kernels: Record) -> float | None:
+    """Returns the time of all products of one step as measured alone; None if one of them was not measured."""
+    measured = {(row["product"], row["rows"]): row["us"] for row in kernels.rows}
+    total = 0.0
+    for kind, (_, _, count) in products(MODELS[model]).items():
+        us = measured.get((f"{model} {kind}", rows))
+        if us is None:
+            return None
+        total += count * us / 1e3
+    return total
+
+
+def ratios(model: str, found: list[dict[str, Any]]) -> dict[str, float]:
+    """Returns the figures that the bars are about, for each batch and context that has them."""
+    facts: dict[str, float] = {}
+    by = {(one["variant"], one["batch"], one["context"]): one for one in found}
+    for (variant, batch, context), one in by.items():
+        if variant != "blinded online":
+            continue
+        where = f"{model}, batch {batch}, context {context}"
+        graph = by.get((BASELINES["bf16"], batch, context))
+        if graph:
+            name = f"{where}: blinded / unprotected bf16 with CUDA graphs, p50 (bar {LATENCY_BAR:g})"
+            facts[name] = one["p50_ms"] / graph["p50_ms"]
+        alone = [by[key] for key in by if key[0].startswith("enclave-only") and key[1:] == (batch, context)]
+        if alone:
+            fastest = max(enclave["tokens_per_s"] for enclave in alone)
+            name = f"{where}: blinded / fastest enclave-only, tokens/s (bar {ENCLAVE_BAR:g})"
+            facts[name] = one["tokens_per_s"] / fastest
+    return facts
+
+
+def _child(module: str, arguments: list[str], seconds: float) -> Any:
+    """Returns what a benchmark printed, or a text that says why there is nothing."""
+    if seconds < 10:
+        return "out of time"
+    command = [sys.executable, "-m", f"cloister.bench.gpu.{module}", *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"not finished within {seconds:.0f} s"
+    if done.returncode:
+        return f"failed: {(done.stderr.strip().splitlines() or ['no message'])[-1][:300]}"
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _list(option: str, values: list[int]) -> list[str]:
+    return [option, *map(str, values)]

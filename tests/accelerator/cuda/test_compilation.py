@@ -1,0 +1,121 @@
+"""The kernels compile for real GPUs, with no GPU at hand: the compiler's own numbers and the disassembly are read."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cloister.accelerator.cuda.configurations import Family, all_families, family_of, parse_family
+from cloister.errors import SettingsError
+
+SHARED_BYTES = {8: 99 * 1024, 9: 227 * 1024}
+"""Shared memory that one program may use, by major compute capability; the smallest of the family."""
+
+
+def inspected(family: str) -> list[dict[str, object]]:
+    pytest.importorskip("triton", reason="triton is not installed: the GPU kernels are not compiled")
+    if platform.machine() not in ("x86_64", "aarch64"):
+        pytest.skip("triton ships no CUDA assembler for this machine")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    import cloister
+
+    environment["PYTHONPATH"] = str(Path(cloister.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "cloister.accelerator.cuda.inspection", family],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:] or "a kernel spills"
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check_family(name: str) -> None:
+    made = inspected(name)
+    assert {one["kernel"] for one in made} == {"decode_product", "prefill_product", "await_rows", "publish"}
+    for one in made:
+        assert one["shared_bytes"] <= SHARED_BYTES[one["capability"] // 10], one  # type: ignore[operator]
+        if str(one["kernel"]).endswith("product"):
+            instructions = one["instructions"]
+            assert isinstance(instructions, dict)
+            assert any("MMA" in name for name in instructions), f"no tensor-core product in {one}"
+            assert "LDGSTS" in instructions, f"weights are not copied asynchronously in {one}"
+
+
+def test_hopper_kernels_use_the_tensor_cores_and_do_not_spill() -> None:
+    check_family("hopper")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [family.name for family in all_families() if family.name != "hopper"])
+def test_every_family_compiles(name: str) -> None:
+    check_family(name)
+
+
+def test_every_capability_has_one_family() -> None:
+    assert family_of((9, 0)).name == "hopper"
+    assert family_of((8, 9)).name == "ampere"
+    assert family_of((99, 0)).name == "generic"
+    listed = [capability for family in all_families() for capability in family.capabilities]
+    assert len(listed) == len(set(listed))
+    assert [family.name for family in all_families() if not family.capabilities] == ["generic"]
+
+
+@pytest.mark.parametrize("family", all_families(), ids=lambda family: family.name)
+def test_every_family_covers_every_shape(family: Family) -> None:
+    for d_out, d_in in ((1, 1), (4096, 4096), (128256, 8192), (12288, 65536)):
+        for rows in (1, 4, 5, 16):
+            decode = family.for_decode(rows, d_out, d_in)
+            split = decode.splits(d_out, d_in, 132)
+            assert 1 <= split <= 32
+            assert (split - 1) * decode.block_k < max(d_in, decode.block_k)
+        for rows in (17, 512, 4096):
+            prefill = family.for_prefill(rows, d_out, d_in, 132)
+            assert prefill.waste(rows, d_out, 132) == min(one.waste(rows, d_out, 132) for one in family.prefill)
+            tiles = -(-rows // prefill.block_r) * -(-d_out // prefill.block_n)
+            assert 1 <= prefill.programs(rows, d_out, 132) <= min(tiles, 132 * prefill.per_multiprocessor)
+
+
+def test_a_shape_that_was_tuned_wins() -> None:
+    tuned = "\n".join(
+        [
+            'capabilities = [[9, 0]]\nprovenance = "test"',
+            "[[decode]]\nblock_n=64\nblock_k=64\nwarps=4\nstages=2\nper_multiprocessor=1\nd_out=10\nd_in=20\nsplit_k=4",
+            "[[decode]]\nblock_n=32\nblock_k=64\nwarps=4\nstages=2\nper_multiprocessor=1",
+            "[[prefill]]\nblock_r=16\nblock_n=16\nblock_k=64\ngroup_r=1\nwarps=4\nstages=2\nper_multiprocessor=1",
+            "[[prefill]]\nblock_r=64\nblock_n=64\nblock_k=64\ngroup_r=1\nwarps=4\nstages=2\nper_multiprocessor=1\n"
+            "d_out=10\nd_in=20",
+        ]
+    )
+    family = parse_family("tuned", tuned)
+    assert family.for_decode(1, 10, 20).splits(10, 20, 132) == 4
+    assert family.for_decode(1, 11, 20).block_n == 32
+    assert family.for_prefill(100, 10, 20, 132).block_r == 64
+    assert family.for_prefill(100, 10, 21, 132).block_r == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("capabilities = [", "not TOML"),
+        ("capabilities = []", "must have"),
+        ('capabilities=[]\nprovenance=""\ndecode=[{block_n=64}]\nprefill=[]', "incomplete"),
+        ('capabilities=[]\nprovenance=""\ndecode=[{blok_n=64}]\nprefill=[]', "blok_n"),
+        (
+            'capabilities=[]\nprovenance=""\nprefill=[]\n'
+            "decode=[{block_n=65,block_k=64,warps=4,stages=2,per_multiprocessor=1}]",
+            "block_n is 65",
+        ),
+    ],
+)
+def test_a_broken_configuration_is_refused(text: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        parse_family("broken", text)
+
+
+def test_a_family_without_an_entry_for_a_shape_says_so() -> None:
+    family = parse_family("empty", 'capabilities=[]\nprovenance=""\ndecode=[]\nprefill=[]')
+    with pytest.raises(SettingsError, match="nothing for 1 rows of 3 x 2"):
+        family.for_decode(1, 3, 2)

@@ -1,0 +1,203 @@
+"""The GPU benchmark at toy sizes on the CPU: it runs, its figures are those it says, and it ends when it is told to."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: the GPU benchmark is not run")
+pytest.importorskip("torch", reason="torch is not installed: the GPU benchmark is not run")
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from cloister.bench.gpu import baselines, checks, end_to_end, kernels, plot, roundtrip
+from cloister.bench.gpu import run as gpu_run
+from cloister.bench.gpu.budget import Budget
+from cloister.bench.gpu.shapes import LLAMA_2_7B, LLAMA_3_8B, LLAMA_70B, MODELS, products
+from cloister.bench.record import Record
+
+QUIET = Console(quiet=True)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def record(name: str, rows: list[dict[str, object]]) -> Record:
+    return Record(name, rows, {"device": "test"}, {})
+
+
+def step(**changes: object) -> dict[str, object]:
+    return {
+        "variant": "blinded online", "model": "llama-2-7b", "batch": 1, "context": 128, "tokens_per_s": 50.0,
+        "p50_ms": 20.0, "p95_ms": 22.0, "enclave CPU ms/token": 19.0, "lent ms/step": 12.0, **changes,
+    }  # fmt: skip
+
+
+def kernel_record(us: float = 50.0, rows: int = 1) -> Record:
+    return record(
+        "gpu-kernels", [{"product": f"llama-2-7b {kind}", "rows": rows, "us": us} for kind in products(LLAMA_2_7B)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "billions"), [(LLAMA_2_7B, 6.6), (LLAMA_3_8B, 7.5), (LLAMA_70B, 69.5)], ids=["2-7b", "3-8b", "70b"]
+)
+def test_the_shapes_are_those_of_the_models(spec: object, billions: float) -> None:
+    total = sum(d_out * d_in * count for d_out, d_in, count in products(spec).values())  # type: ignore[arg-type]
+    assert total / 1e9 == pytest.approx(billions, abs=0.05)
+
+
+def test_the_kernel_record_covers_decode_and_prefill_and_stops_in_time() -> None:
+    made = kernels.run(True, QUIET, Budget(60))
+    assert {row["product"] for row in made.rows} == {f"smoke {kind}" for kind in products(MODELS["smoke"])}
+    for row in made.rows:
+        assert row["us"] > 0
+        assert ("of copy" in row) == (row["rows"] <= 16)
+        assert ("of int8 peak" in row) == (row["rows"] > 16)
+    late = kernels.run(True, QUIET, Budget(0))
+    assert late.rows == []
+    assert "smoke lm_head" in late.facts["skipped: out of time"]
+
+
+def test_the_round_trip_record_has_the_gate_and_both_ways() -> None:
+    made = roundtrip.run(True, QUIET)
+    assert len(made.rows) == 4
+    assert all(0 < row["least us"] <= row["median us"] <= row["p95 us"] for row in made.rows)
+
+
+def test_a_wrong_product_is_found_and_stops_the_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(weight: object, rows: np.ndarray, out: np.ndarray, team: object) -> None:
+        out[:] = 1
+
+    monkeypatch.setattr(checks, "modular_product", wrong)
+    monkeypatch.setattr(checks, "check_model", lambda *_: iter(()))
+    monkeypatch.setattr(roundtrip, "run", lambda *_: pytest.fail("measured a GPU that is wrong"))
+    assert gpu_run.run(tmp_path, 60, True, "demo", QUIET) == 1
+    written = json.loads((tmp_path / "gpu-checks-smoke.json").read_text())
+    assert "elements differ" in written["facts"]["differences"]
+
+
+def test_where_the_time_goes_adds_up_to_the_step() -> None:
+    parts = end_to_end.where_time_goes(step(), "llama-2-7b", kernel_record())
+    assert parts["kernel ms"] == pytest.approx((4 * 32 + 1) * 0.05)
+    assert sum(parts.values()) == pytest.approx(20.0)
+    without = end_to_end.where_time_goes(step(batch=16, tokens_per_s=800.0), "llama-2-7b", kernel_record())
+    assert without == {"enclave ms": 8.0, "link and kernel ms": 12.0}
+
+
+def test_the_ratios_are_those_of_the_bars() -> None:
+    found = [
+        step(),
+        {"variant": "unprotected bf16, CUDA graph", "batch": 1, "context": 128, "p50_ms": 10.0, "tokens_per_s": 100.0},
+        {"variant": "enclave-only int8", "batch": 1, "context": 128, "tokens_per_s": 4.0},
+        {"variant": "enclave-only exact", "batch": 1, "context": 128, "tokens_per_s": 5.0},
+        {"variant": "enclave-only exact", "batch": 16, "context": 128, "tokens_per_s": 500.0},
+    ]
+    assert sorted(end_to_end.ratios("m", found).values()) == [2.0, 10.0]  # type: ignore[arg-type]
+
+
+def test_pads_are_added_once_for_each_token_of_a_batch() -> None:
+    made = end_to_end.with_pads(
+        [step(batch=16, tokens_per_s=800.0)],  # type: ignore[list-item]
+        {"pad ms/token": 5.0, "pad CPU ms/token": 40.0},
+    )
+    assert made[1]["p50_ms"] == 20.0 + 16 * 5
+    assert made[1]["tokens_per_s"] == pytest.approx(1e3 * 16 / (20 + 80))
+    assert made[1]["enclave CPU ms/token"] == 59.0
+
+
+def test_the_plot_stacks_the_parts_of_a_blinded_step(tmp_path: Path) -> None:
+    parts = end_to_end.where_time_goes(step(), "llama-2-7b", kernel_record())
+    other = {"variant": "unprotected bf16, CUDA graph", "model": "llama-2-7b", "batch": 1, "context": 128, "p50_ms": 9}
+    made = record("gpu-end-to-end", [{**step(), **parts}, other])
+    (_, stacked), (_, single) = plot.bars_of(made)
+    assert [name for name, _, _ in stacked] == ["enclave", "link", "kernel"]
+    assert sum(milliseconds for _, milliseconds, _ in stacked) == pytest.approx(20.0)
+    assert [milliseconds for _, milliseconds, _ in single] == [9]
+    path = plot.draw(made, tmp_path)
+    assert path is not None
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert plot.draw(record("gpu-end-to-end", []), tmp_path) is None
+
+
+def test_a_child_that_fails_or_hangs_is_named_not_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "failed" in end_to_end._child("baselines", ["no-such-kind", "smoke"], 60)
+    assert end_to_end._child("baselines", ["bf16", "smoke"], 1) == "out of time"
+
+
+def test_the_unprotected_model_is_the_one_of_transformers() -> None:
+    """With the same float weights: the same tokens, and int8 products close to exact ones."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    spec, cpu = MODELS["smoke"], torch.device("cpu")
+    ours = baselines.UnprotectedLlama(spec, "bf16", 2, 0, 8, cpu)
+    config = transformers.LlamaConfig(
+        vocab_size=spec.vocab_size, hidden_size=spec.hidden_size, intermediate_size=spec.ffn_size,
+        num_hidden_layers=spec.layers, num_attention_heads=spec.heads, num_key_value_heads=spec.kv_heads,
+        head_dim=spec.head_dim, rms_norm_eps=spec.norm_epsilon, tie_word_embeddings=False,
+    )  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    state = {"model.embed_tokens.weight": ours._table, "lm_head.weight": ours._head, "model.norm.weight": ours._ones}
+    width, key = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    for index, (qkv, output, gate_up, down) in enumerate(ours._layers):
+        at = f"model.layers.{index}."
+        query, keys, values = qkv.split([width, key, key])
+        gate, up = gate_up.chunk(2)
+        state |= {
+            f"{at}self_attn.q_proj.weight": query, f"{at}self_attn.k_proj.weight": keys,
+            f"{at}self_attn.v_proj.weight": values, f"{at}self_attn.o_proj.weight": output,
+            f"{at}mlp.gate_proj.weight": gate, f"{at}mlp.up_proj.weight": up, f"{at}mlp.down_proj.weight": down,
+            f"{at}input_layernorm.weight": ours._ones, f"{at}post_attention_layernorm.weight": ours._ones,
+        }  # fmt: skip
+    theirs.load_state_dict(state)
+    ours.tokens[:] = torch.tensor([7, 300])
+    fed, cache = ours.tokens.clone()[:, None], None
+    with torch.inference_mode():
+        for _ in range(4):
+            output = theirs(fed, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            ours.step()
+            best = output.logits[:, -1].topk(2).values
+            clear = (best[:, 0] - best[:, 1]) > 0.1  # bfloat16 may order nearly equal logits otherwise
+            assert (ours.tokens == output.logits[:, -1].argmax(-1))[clear].all()
+            fed = ours.tokens.clone()[:, None]
+
+
+@pytest.mark.parametrize("kind", ["int8", "transformers"])
+def test_every_baseline_runs(kind: str) -> None:
+    figures = baselines.measure(kind, "smoke", 2, 8, 2, torch.device("cpu"))
+    assert 0 < figures["p50_ms"] <= figures["p95_ms"]
+
+
+def test_without_a_gpu_the_script_says_so_and_writes_nothing(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "bench_gpu.py"), "--out", str(tmp_path)],
+        capture_output=True, text=True, check=False, env={**environment, "PYTHONPATH": str(ROOT / "src")},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "No CUDA device" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_whole_script_runs_at_toy_sizes(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "bench_gpu.py"), "--smoke", "--out", str(tmp_path)],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = {path.stem for path in tmp_path.iterdir()}
+    assert names == {
+        f"gpu-{part}-smoke" for part in ("checks", "roundtrip", "kernels", "end-to-end", "where-time-goes")
+    }
+    whole = json.loads((tmp_path / "gpu-end-to-end-smoke.json").read_text())
+    assert whole["facts"]["skipped"] == "nothing"
+    assert {row["variant"] for row in whole["rows"]} == {
+        "blinded online", "blinded, pads included", "enclave-only int8", "enclave-only exact", *end_to_end.BASELINES.values(),
+    }  # fmt: skip
+    assert whole["command"] == "make bench-gpu"
