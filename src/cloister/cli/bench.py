@@ -143,6 +143,25 @@ def attention(
     record.show(stdout())
 
 
+@app.command("sanitize")
+def sanitize(
+    data: Annotated[Path, typer.Option("--data", help="Folder of SST-2: train.tsv, test.tsv.")],
+    vectors: Annotated[
+        Path, typer.Option("--vectors", help="Public word vectors: an .npz with the arrays words and vectors.")
+    ],
+    smoke: SmokeOption = False,
+    out: OutOption = Path("bench/results"),
+) -> None:
+    """Accuracy, exact ε and the best attack of every sanitiser and its published rivals; plots beside the record."""
+    from cloister.bench.sanitize import run
+    from cloister.bench.sanitize_plot import plot
+
+    record = run(data, vectors, smoke, stderr())
+    record.write(out)
+    plot(record, out)
+    record.show(stdout())
+
+
 @app.command("all")
 def everything(smoke: SmokeOption = False, out: OutOption = Path("bench/results")) -> None:
     """Every benchmark, one after the other."""

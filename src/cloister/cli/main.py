@@ -6,7 +6,20 @@ from typing import Annotated
 import typer
 
 from cloister import __version__
-from cloister.cli import accelerator, bench, broker, chat, demo, generate, inspect, measure, plan, seal, verify
+from cloister.cli import (
+    accelerator,
+    bench,
+    broker,
+    candidates,
+    chat,
+    demo,
+    generate,
+    inspect,
+    measure,
+    plan,
+    seal,
+    verify,
+)
 from cloister.cli.display import stderr
 from cloister.errors import CloisterError
 
@@ -32,6 +45,7 @@ app.command("verify")(verify.verify)
 app.command("measure")(measure.measure)
 app.command("seal")(seal.seal)
 app.add_typer(broker.app, name="broker")
+app.add_typer(candidates.app, name="candidates")
 app.add_typer(bench.app, name="bench")
 
 

@@ -23,7 +23,7 @@ from cloister.audit.baselines.w8a8 import PlainGate
 from cloister.bench.gpu.budget import Budget
 from cloister.bench.gpu.shapes import MODELS
 from cloister.bench.gpu.worker import open_link
-from cloister.bench.random_model import random_model
+from cloister.local.random_model import random_model
 from cloister.blinding.linear import LentLinear
 from cloister.blinding.pads import PadSource
 from cloister.blinding.pantry import Pantry

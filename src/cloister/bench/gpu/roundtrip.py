@@ -12,7 +12,7 @@ from cloister.arith.modulus import HALF
 from cloister.arith.team import Team
 from cloister.bench.gpu.timing import device_facts
 from cloister.bench.gpu.worker import open_link
-from cloister.bench.random_model import random_linear
+from cloister.local.random_model import random_linear
 from cloister.bench.record import Record
 from cloister.blinding.linear import LentLinear
 from cloister.blinding.pads import PadSource

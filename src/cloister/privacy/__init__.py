@@ -1,0 +1,1 @@
+"""Sanitises prompts under differential privacy: candidates, mechanisms, certificates, detection, ledger, restoration."""
