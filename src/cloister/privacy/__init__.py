@@ -1,0 +1,1 @@
+"""Sanitises prompts under differential privacy and keeps the ledger: candidates, mechanisms, certificates, detection, restoration."""
