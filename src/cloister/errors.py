@@ -17,6 +17,9 @@ CloisterError                      everything this package raises on purpose
 │   ├── AcceleratorLostError       the process died or the connection was cut
 │   ├── AcceleratorProtocolError   an answer was malformed, short, repeated, late or for another request
 │   └── VerificationError          an answer was wrong: the Freivalds check refused it
+├── PrivacyError                   a prompt cannot be sanitised as asked
+│   ├── CandidatesError            a candidate file is damaged, or made for another model or ε
+│   └── CertificateError           a table spends more than it claims
 ├── WireError                      bytes from a peer do not decode within their limits
 ├── PlanError                      a plan would expose a secret, contradicts itself or names what does not exist
 ├── EnclaveLostError               the enclave process ended without being asked to
@@ -102,6 +105,18 @@ class AcceleratorProtocolError(AcceleratorError):
 
 class VerificationError(AcceleratorError):
     """An answer was wrong: the Freivalds check refused it."""
+
+
+class PrivacyError(CloisterError):
+    """A prompt cannot be sanitised as asked."""
+
+
+class CandidatesError(PrivacyError):
+    """A candidate file is damaged, or made for another model or ε."""
+
+
+class CertificateError(PrivacyError):
+    """A table spends more than it claims."""
 
 
 class WireError(CloisterError):

@@ -1,1 +1,1 @@
-"""Sanitises prompts under differential privacy and keeps the ledger: candidates, mechanisms, certificates, detection, restoration."""
+"""Sanitises prompts under differential privacy: candidates, mechanisms, certificates, detection, ledger, restoration."""

@@ -54,7 +54,7 @@ class Cost:
     epsilon: float
     """The exact ε of the class's table, rounded up to a float; 0 where the output does not depend on the span."""
     rho: float
-    """The ρ of zero-concentrated differential privacy: range²/8, where range bounds the spread of the privacy loss."""
+    """The rho of zero-concentrated differential privacy: range²/8, where range bounds the spread of the privacy loss."""
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.epsilon + other.epsilon, self.rho + other.rho)
