@@ -87,6 +87,15 @@ class Tokenizer:
         """How many tokens the tokenizer knows, added ones included."""
         return int(self._fast.get_vocab_size(with_added_tokens=True))
 
+    def pieces(self) -> list[str]:
+        """Returns every token as the tokenizer writes it, by id; "" for a number without a token and for control tokens."""
+        held = self._fast.get_vocab(with_added_tokens=True)
+        pieces = [""] * (max(held.values(), default=-1) + 1)
+        for piece, token in held.items():
+            if token not in self._special_ids:
+                pieces[token] = piece
+        return pieces
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Returns the tokens of `text`; with `add_special_tokens`, also those that the model wants around any text.
 

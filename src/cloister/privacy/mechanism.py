@@ -45,6 +45,8 @@ class Kind(StrEnum):
     PROFESSION = "profession"
     WORD = "word"
     """Any other word."""
+    PIECE = "piece"
+    """A token that is no whole word: part of one, a number, punctuation. Reached by its id only, never by text."""
 
 
 @dataclass(frozen=True, slots=True)

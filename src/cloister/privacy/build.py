@@ -1,0 +1,225 @@
+"""Builds candidates: entries to classes, classes to similarities, similarities to certified tables.
+
+Covers: everything after the tokenizer and the embeddings are read. Does not cover: reading them (the caller has them as
+arrays and texts). Runs offline, once for a model; the input is public, so nothing here is secret or constant in time.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from multiprocessing import get_context
+
+import numpy as np
+from jaxtyping import Float32, Float64
+
+from cloister.privacy.candidates import CandidateClass, Candidates, Provenance, TableSet
+from cloister.privacy.certificate import TOTAL, Certificate, Weights, certificate, hockey_stick
+from cloister.privacy.channel import quantise
+from cloister.privacy.linear_program import MARGIN, best_channel, half_way_cap
+from cloister.privacy.mechanism import DominatingCurve, Mechanism
+from cloister.privacy.noisy_max import Table, analytic_table, bayes_attack, exact_table
+from cloister.privacy.partition import centred, partition, sketch
+from cloister.privacy.vocabulary import Entry
+
+CURVE_STEPS = 64
+"""Points of the dominating curve on each side of ε = 0."""
+LOW_EPSILON, DIVERSITY = 1.0, 0.05
+"""Below this ε every candidate keeps at least this share of 1/K, or a class would shrink to a few representatives."""
+ZIPF_OFFSET = 10.0
+"""The public prior of a token is proportional to 1 / (rank in the vocabulary + this), half and half with uniform."""
+
+Made = tuple[Weights, Certificate, float, np.ndarray]
+"""A table, its certificate, the best attacker's success, its hockey-stick curve."""
+
+Progress = Callable[[str, int, int], None]
+"""Is told the stage, how much of it is done and how much there is."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to build."""
+
+    members: int = 64
+    """K: the least size of a class."""
+    mechanisms: tuple[Mechanism, ...] = (Mechanism.CHANNEL,)
+    epsilons: tuple[Fraction, ...] = (Fraction(2),)
+    workers: int = 0
+    """Processes; 0: one per core."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A class with what its tables are made from."""
+
+    entries: tuple[Entry, ...]
+    shared: tuple[str, ...]
+    scores: Table
+    prior: Float64[np.ndarray, "spans"]
+
+
+def build(
+    entries: Sequence[Entry],
+    vectors: Float32[np.ndarray, "entries hidden"],
+    provenance: Provenance,
+    plan: Plan,
+    progress: Progress,
+) -> Candidates:
+    """Returns the candidates of a vocabulary.
+
+    Args:
+        entries: What can be replaced; the first of equal spans is the one found by text.
+        vectors: The embedding of each (the mean, for a span of several tokens).
+        provenance: Where they come from.
+        plan: Class size, mechanisms, ε.
+        progress: Is told how far it is.
+    """
+    groups = classes(entries, vectors, plan.members, progress)
+    jobs = [(mechanism, epsilon) for mechanism in plan.mechanisms for epsilon in plan.epsilons]
+    sets = [
+        table_set(groups, *job, plan.workers, partial(progress, f"{job[0]}, ε = {float(job[1]):g}")) for job in jobs
+    ]
+    made = tuple(
+        CandidateClass(
+            group.entries[0].kind,
+            ", ".join(group.shared),
+            tuple(entry.text for entry in group.entries),
+            tuple(entry.token for entry in group.entries),
+        )
+        for group in groups
+    )
+    return Candidates(provenance, made, tuple(sets))
+
+
+def classes(
+    entries: Sequence[Entry], vectors: Float32[np.ndarray, "entries hidden"], members: int, progress: Progress
+) -> list[Group]:
+    """Returns a partition of the entries into classes of neighbours of one type, each of at least `members` entries.
+
+    Types with fewer are merged with their nearest relatives, never across kinds; a kind that has fewer in all is one class.
+    """
+    directions = centred(vectors)
+    short = sketch(directions)
+    rank = np.array([entry.token if entry.token >= 0 else len(entries) for entry in entries])
+    weight = 1.0 / (rank + ZIPF_OFFSET)
+    made: list[Group] = []
+    kinds = dict.fromkeys(entry.kind for entry in entries)
+    done = 0
+    for kind in kinds:
+        rows = [row for row, entry in enumerate(entries) if entry.kind is kind]
+        for shared, group in _types(rows, entries, 1, members):
+            where = np.array(group)
+            for part in partition(short[where], members):
+                chosen = where[part]
+                unit = directions[chosen].astype(np.float64)
+                prior = 0.5 * weight[chosen] / weight[chosen].sum() + 0.5 / len(chosen)
+                made.append(Group(tuple(entries[row] for row in chosen), shared, unit @ unit.T, prior))
+            done += len(group)
+            progress("classes", done, len(entries))
+    return made
+
+
+def _types(
+    rows: list[int], entries: Sequence[Entry], depth: int, members: int
+) -> Iterator[tuple[tuple[str, ...], list[int]]]:
+    """Yields groups of rows that share the longest possible beginning of their types and have at least `members` rows."""
+    shared = entries[rows[0]].type[:depth]
+    parts: dict[tuple[str, ...], list[int]] = {}
+    for row in rows:
+        parts.setdefault(entries[row].type[: depth + 1], []).append(row)
+    if len(parts) == 1 and all(len(entries[row].type) <= depth for row in rows):
+        yield shared, rows
+        return
+    large = {key: part for key, part in parts.items() if len(part) >= members}
+    small = [row for key, part in parts.items() if key not in large for row in part]
+    if not large:
+        yield shared, rows
+        return
+    if 0 < len(small) < members:  # the nearest relative that is smallest takes them in and loses its finer types
+        key = min(large, key=lambda name: len(large[name]))
+        yield shared, sorted(large.pop(key) + small)
+    elif small:
+        yield shared, sorted(small)
+    for part in large.values():
+        if len(entries[part[0]].type) <= depth:
+            yield shared, part
+        else:
+            yield from _types(part, entries, depth + 1, members)
+
+
+def table_set(
+    groups: Sequence[Group], mechanism: Mechanism, epsilon: Fraction, workers: int, progress: Callable[[int, int], None]
+) -> TableSet:
+    """Returns one certified table for each class, made in several processes."""
+    count = workers or len(os.sched_getaffinity(0))
+    made: list[Made] = []
+    work = [(group.scores, group.prior, mechanism, epsilon) for group in groups]
+    if count == 1 or len(work) < 2 * count:
+        for number, one in enumerate(work):
+            made.append(make_table(*one))
+            progress(number + 1, len(work))
+    else:
+        made = list(_spread_out(work, count, progress))
+    curve = np.maximum.reduce([one[3] for one in made])
+    gap = float(epsilon) / CURVE_STEPS
+    return TableSet(
+        mechanism,
+        epsilon,
+        tuple(one[0] for one in made),
+        tuple(one[1] for one in made),
+        tuple(one[2] for one in made),
+        DominatingCurve(-CURVE_STEPS * gap, gap, tuple(_privacy_profile(curve).tolist())),
+    )
+
+
+def _spread_out(
+    work: Sequence[tuple[Table, np.ndarray, Mechanism, Fraction]], count: int, progress: Callable[[int, int], None]
+) -> list[Made]:
+    # The BLAS of a forked child may hang; spawned ones start clean.
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        futures = [pool.submit(make_table, *one) for one in work]
+        try:
+            for done, _ in enumerate(as_completed(futures), 1):
+                progress(done, len(work))
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _one_thread() -> None:
+    """Leaves Ctrl-C to the parent."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def make_table(scores: Table, prior: Float64[np.ndarray, "spans"], mechanism: Mechanism, epsilon: Fraction) -> Made:
+    """Returns a class's integer table, its certificate, the best attacker's success and its hockey-stick curve."""
+    weights = quantise(float_table(scores, prior, mechanism, float(epsilon)), epsilon)
+    exact = weights / TOTAL
+    grid = np.arange(-CURVE_STEPS, CURVE_STEPS + 1) * (float(epsilon) / CURVE_STEPS)
+    return weights, certificate(weights), bayes_attack(exact, prior), hockey_stick(exact, grid)
+
+
+def float_table(scores: Table, prior: Float64[np.ndarray, "spans"], mechanism: Mechanism, epsilon: float) -> Table:
+    """Returns the table of a mechanism for a claim of ε, slightly below it to leave room for integers.
+
+    Laplace noise has the published scale 2Δ/ε; Gumbel and exponential noise the least that the exact channel allows.
+    """
+    inner = epsilon * (1.0 - MARGIN)
+    if mechanism is Mechanism.CHANNEL:
+        floor = DIVERSITY if epsilon < LOW_EPSILON else 0.0
+        return best_channel(scores, prior, epsilon, half_way_cap(scores, prior, epsilon), floor)
+    if mechanism is Mechanism.LAPLACE_RNM:
+        return analytic_table(mechanism, scores, inner)
+    return exact_table(mechanism, scores, inner)
+
+
+def _privacy_profile(curve: np.ndarray) -> np.ndarray:
+    """Returns the curve raised by what rounding can hide, falling, between 0 and 1, and 0 at the claim (it is certified)."""
+    raised = np.minimum(np.maximum.accumulate((curve + 1e-12)[::-1])[::-1], 1.0)
+    raised[-1] = 0.0
+    return raised

@@ -1,0 +1,185 @@
+"""Draws replacements of spans from the certified tables of a candidate file.
+
+Covers: finding a span's class whatever its casing; one integer draw per span; a uniform draw for a span that no class
+holds. Does not cover: which spans to replace, drawing once per distinct span, adding up what was spent.
+
+Guarantees: as `mechanism.Sampler`. The work of a draw does not depend on which member of its class the span is.
+Assumes: the class of a span (kind, casing, type) may be known to whoever sees the replacement: neighbours are the
+members of one class.
+Edge cases: a span in a casing that its kind does not hold is looked up in lower case, then capitalised, and its
+replacement is given the span's casing; a full name is a first and a last name, two draws, their costs added; an unknown
+span becomes a uniform draw over its kind, which spends nothing, since the draw does not depend on it.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+from cloister.errors import CandidatesError
+from cloister.privacy.candidates import Candidates
+from cloister.privacy.channel import Channel, uniform_index
+from cloister.privacy.mechanism import Cost, DominatingCurve, Kind, Mechanism, RandomSource, Replacement, Span
+from cloister.privacy.vocabulary import casing
+
+NOTHING = Cost(0.0, 0.0)
+UNKNOWN = -1
+
+Place = tuple[int, int]
+
+
+class TableSampler:
+    """A `mechanism.Sampler` over the tables of one mechanism at one ε."""
+
+    def __init__(
+        self,
+        candidates: Candidates,
+        mechanism: Mechanism = Mechanism.CHANNEL,
+        epsilon: Fraction = Fraction(2),
+        source: RandomSource = os.urandom,
+    ) -> None:
+        """Takes candidates that were read (and so certified); `source` other than `os.urandom` is for tests.
+
+        Raises:
+            CandidatesError: the candidates have no tables for this mechanism and ε.
+        """
+        chosen = candidates.table_set(mechanism, epsilon)
+        self._candidates = candidates
+        self._source = source
+        self._mechanism = mechanism
+        self._channel = Channel(chosen.tables, source)
+        self._costs = tuple(Cost(one.epsilon, one.rho) for one in chosen.certificates)
+        self._curve = chosen.curve
+        self._epsilon = max((cost.epsilon for cost in self._costs), default=0.0)
+        self._of_kind: dict[Kind, list[int]] = {}
+        for number, group in enumerate(candidates.classes):
+            self._of_kind.setdefault(group.kind, []).append(number)
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """The mechanism."""
+        return self._mechanism
+
+    @property
+    def epsilon(self) -> float:
+        """The most that one draw from one class costs."""
+        return self._epsilon
+
+    def privacy_loss(self) -> DominatingCurve:
+        """Returns the curve that dominates every draw from every class."""
+        return self._curve
+
+    def cost(self, span: Span) -> Cost:
+        """Returns what a draw for this span will cost, without drawing."""
+        total = NOTHING
+        for part in _parts(span):
+            found = self._find(part)
+            total += NOTHING if found is None else self._costs[found[0][0]]
+        return total
+
+    def replace(self, spans: Sequence[Span]) -> list[Replacement]:
+        """Returns one replacement for each span, in order, each drawn independently.
+
+        Raises:
+            CandidatesError: a kind has no candidates at all.
+        """
+        parts = [_parts(span) for span in spans]
+        flat = [part for group in parts for part in group]
+        found = [self._find(part) for part in flat]
+        places = [one[0] for one in found if one is not None]
+        drawn = iter(
+            self._channel.draw([place[0] for place in places], [place[1] for place in places]) if places else ()
+        )
+        made = iter(
+            [
+                self._unknown(part) if one is None else self._known(part, one[0][0], next(drawn), one[1])
+                for part, one in zip(flat, found, strict=True)
+            ]
+        )
+        return [_joined(span, [next(made) for _ in group]) for span, group in zip(spans, parts, strict=True)]
+
+    def replace_tokens(self, tokens: Sequence[int]) -> list[int]:
+        """Returns a token for each token, drawn from the single-token members of its class; control tokens stay.
+
+        For token-level sanitising (as the published systems do it). A draw of a member that takes several tokens is
+        resolved to its class's first single token: post-processing, which spends nothing.
+
+        Raises:
+            CandidatesError: a token is not in the vocabulary that the candidates were built from.
+        """
+        places: list[Place] = []
+        where: list[int] = []
+        for position, token in enumerate(tokens):
+            if not 0 <= token < self._candidates.provenance.vocabulary:
+                raise CandidatesError(
+                    f"Token {token} is not in the vocabulary.", remedy="Use the model of the candidates."
+                )
+            place = self._candidates.find_token(token)
+            if place is not None:
+                places.append(place)
+                where.append(position)
+        result = list(tokens)
+        drawn = self._channel.draw([place[0] for place in places], [place[1] for place in places]) if places else []
+        for position, place, member in zip(where, places, drawn, strict=True):
+            members = self._candidates.classes[place[0]].tokens
+            result[position] = members[member] if members[member] >= 0 else next(one for one in members if one >= 0)
+        return result
+
+    def _find(self, span: Span) -> tuple[Place, Callable[[str], str]] | None:
+        """Returns the place of a span and what gives a replacement the span's casing."""
+        place = self._candidates.find(span.text, span.kind)
+        if place is not None:
+            return place, str
+        lower = span.text.lower()
+        recase = _recase(span.text)
+        for form in dict.fromkeys((lower, lower[:1].upper() + lower[1:], lower.title(), lower.upper())):
+            place = self._candidates.find(form, span.kind)
+            if place is not None:
+                return place, recase
+        return None
+
+    def _known(self, span: Span, number: int, member: int, recase: Callable[[str], str]) -> Replacement:
+        text = recase(self._candidates.classes[number].members[member])
+        return Replacement(text, span.kind, (number,), self._costs[number])
+
+    def _unknown(self, span: Span) -> Replacement:
+        numbers = self._of_kind.get(span.kind)
+        if not numbers:
+            raise CandidatesError(
+                f"The candidate file has nothing of the kind {span.kind}.", remedy="Build the candidates again."
+            )
+        group = self._candidates.classes[numbers[uniform_index(len(numbers), 1, self._source)[0]]]
+        text = group.members[uniform_index(len(group.members), 1, self._source)[0]]
+        return Replacement(_recase(span.text)(text), span.kind, (UNKNOWN,), NOTHING)
+
+
+def _parts(span: Span) -> list[Span]:
+    """Returns what is drawn for a span: a full name is a first and a last name."""
+    if span.kind is not Kind.PERSON:
+        return [span]
+    names = span.text.split()
+    if len(names) < 2:
+        return [Span(span.text, Kind.FIRST_NAME)]
+    return [Span(" ".join(names[:-1]), Kind.FIRST_NAME), Span(names[-1], Kind.LAST_NAME)]
+
+
+def _joined(span: Span, parts: list[Replacement]) -> Replacement:
+    if len(parts) == 1 and parts[0].kind is span.kind:
+        return parts[0]
+    cost = NOTHING
+    for part in parts:
+        cost += part.cost
+    text = " ".join(part.text for part in parts)
+    return Replacement(text, span.kind, tuple(number for part in parts for number in part.class_ids), cost)
+
+
+def _recase(like: str) -> Callable[[str], str]:
+    """Returns what writes a word in the casing of another; entities of mixed casing stay as the list writes them."""
+    match casing(like):
+        case "lower":
+            return str.lower
+        case "upper" if len(like) > 1:
+            return str.upper
+        case "capitalised" | "upper":
+            return lambda text: text[:1].upper() + text[1:]
+        case _:
+            return str
