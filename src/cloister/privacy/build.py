@@ -16,13 +16,13 @@ import numpy as np
 from jaxtyping import Float32, Float64
 
 from cloister.privacy.candidates import CandidateClass, Candidates, Provenance, TableSet
-from cloister.privacy.certificate import TOTAL, Certificate, Weights, certificate, hockey_stick
+from cloister.privacy.certificate import TOTAL, AnyWeights, Certificate, certificate, hockey_stick
 from cloister.privacy.channel import quantise
 from cloister.privacy.linear_program import MARGIN, best_channel, half_way_cap
 from cloister.privacy.mechanism import DominatingCurve, Mechanism
 from cloister.privacy.noisy_max import Table, analytic_table, bayes_attack, exact_table
 from cloister.privacy.partition import centred, partition, sketch
-from cloister.privacy.vocabulary import Entry
+from cloister.privacy.vocabulary import Entry, Type
 
 CURVE_STEPS = 64
 """Points of the dominating curve on each side of ε = 0."""
@@ -31,7 +31,7 @@ LOW_EPSILON, DIVERSITY = 1.0, 0.05
 ZIPF_OFFSET = 10.0
 """The public prior of a token is proportional to 1 / (rank in the vocabulary + this), half and half with uniform."""
 
-Made = tuple[Weights, Certificate, float, np.ndarray]
+Made = tuple[AnyWeights, Certificate, float, np.ndarray]
 """A table, its certificate, the best attacker's success, its hockey-stick curve."""
 
 Progress = Callable[[str, int, int], None]
@@ -55,9 +55,9 @@ class Group:
     """A class with what its tables are made from."""
 
     entries: tuple[Entry, ...]
-    shared: tuple[str, ...]
-    scores: Table
-    prior: Float64[np.ndarray, "spans"]
+    type: Type
+    scores: Float64[np.ndarray, "_ _"]
+    prior: Float64[np.ndarray, "_"]
 
 
 def build(
@@ -84,7 +84,7 @@ def build(
     made = tuple(
         CandidateClass(
             group.entries[0].kind,
-            ", ".join(group.shared),
+            ", ".join(group.type),
             tuple(entry.text for entry in group.entries),
             tuple(entry.token for entry in group.entries),
         )
@@ -109,42 +109,40 @@ def classes(
     done = 0
     for kind in kinds:
         rows = [row for row, entry in enumerate(entries) if entry.kind is kind]
-        for shared, group in _types(rows, entries, 1, members):
+        for type_, group in _types(rows, entries, 1, members):
             where = np.array(group)
             for part in partition(short[where], members):
                 chosen = where[part]
                 unit = directions[chosen].astype(np.float64)
                 prior = 0.5 * weight[chosen] / weight[chosen].sum() + 0.5 / len(chosen)
-                made.append(Group(tuple(entries[row] for row in chosen), shared, unit @ unit.T, prior))
+                made.append(Group(tuple(entries[row] for row in chosen), type_, unit @ unit.T, prior))
             done += len(group)
             progress("classes", done, len(entries))
     return made
 
 
-def _types(
-    rows: list[int], entries: Sequence[Entry], depth: int, members: int
-) -> Iterator[tuple[tuple[str, ...], list[int]]]:
-    """Yields groups of rows that share the longest possible beginning of their types and have at least `members` rows."""
-    shared = entries[rows[0]].type[:depth]
-    parts: dict[tuple[str, ...], list[int]] = {}
+def _types(rows: list[int], entries: Sequence[Entry], depth: int, members: int) -> Iterator[tuple[Type, list[int]]]:
+    """Yields groups of at least `members` rows (unless there are fewer in all), each with the type that most of it has.
+
+    Rows are split by their types from the general to the particular. Parts that are too small for a class stay together
+    if they are enough for one, and else go with the smallest part that is large enough, down to its smallest class.
+    """
+    parts: dict[Type, list[int]] = {}
     for row in rows:
         parts.setdefault(entries[row].type[: depth + 1], []).append(row)
-    if len(parts) == 1 and all(len(entries[row].type) <= depth for row in rows):
-        yield shared, rows
-        return
     large = {key: part for key, part in parts.items() if len(part) >= members}
     small = [row for key, part in parts.items() if key not in large for row in part]
-    if not large:
-        yield shared, rows
+    most = max(parts, key=lambda key: len(parts[key]))
+    if not large or (len(parts) == 1 and len(most) <= depth):
+        yield most[:depth], sorted(rows)
         return
-    if 0 < len(small) < members:  # the nearest relative that is smallest takes them in and loses its finer types
-        key = min(large, key=lambda name: len(large[name]))
-        yield shared, sorted(large.pop(key) + small)
+    if len(small) >= members:
+        yield most[:depth], sorted(small)
     elif small:
-        yield shared, sorted(small)
-    for part in large.values():
-        if len(entries[part[0]].type) <= depth:
-            yield shared, part
+        large[min(large, key=lambda key: len(large[key]))] += small
+    for key, part in large.items():
+        if len(key) <= depth:
+            yield key, sorted(part)
         else:
             yield from _types(part, entries, depth + 1, members)
 
@@ -175,7 +173,7 @@ def table_set(
 
 
 def _spread_out(
-    work: Sequence[tuple[Table, np.ndarray, Mechanism, Fraction]], count: int, progress: Callable[[int, int], None]
+    work: Sequence[tuple[np.ndarray, np.ndarray, Mechanism, Fraction]], count: int, progress: Callable[[int, int], None]
 ) -> list[Made]:
     # The BLAS of a forked child may hang; spawned ones start clean.
     with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_one_thread) as pool:

@@ -24,7 +24,7 @@ import numpy as np
 
 from cloister.errors import CandidatesError, CertificateError
 from cloister.privacy.candidates import CandidateClass, Candidates, Provenance, TableSet
-from cloister.privacy.certificate import MAX_MEMBERS, Weights, certificate, certify
+from cloister.privacy.certificate import MAX_MEMBERS, AnyWeights, certificate, certify
 from cloister.privacy.mechanism import DominatingCurve, Kind, Mechanism
 
 MAGIC = b"CLOISTERCANDIDATES"
@@ -186,13 +186,13 @@ def _set(one: _Set, sizes: list[int], stream: bytes) -> TableSet:
     return TableSet(one.mechanism, epsilon, tuple(tables), certificates, tuple(one.attacks), curve)
 
 
-def _pack(tables: tuple[Weights, ...]) -> bytes:
+def _pack(tables: tuple[AnyWeights, ...]) -> bytes:
     """Returns the weights as bytes of equal significance side by side, compressed: the upper ones are mostly zero."""
     flat = np.concatenate([table.ravel() for table in tables]).astype("<u8")
     return zlib.compress(np.ascontiguousarray(flat.view(np.uint8).reshape(-1, 8).T).tobytes(), 6)
 
 
-def _unpack(stream: bytes, sizes: list[int]) -> list[Weights]:
+def _unpack(stream: bytes, sizes: list[int]) -> list[AnyWeights]:
     cells = sum(size * size for size in sizes)
     if 8 * cells > MAX_TABLE_BYTES:
         raise _damaged("its tables are too large")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from cloister.errors import CandidatesError
-from cloister.privacy.certificate import Certificate, Weights
+from cloister.privacy.certificate import AnyWeights, Certificate
 from cloister.privacy.mechanism import DominatingCurve, Kind, Mechanism
 
 
@@ -36,7 +36,7 @@ class TableSet:
     mechanism: Mechanism
     epsilon: Fraction
     """The claim: no table spends more."""
-    tables: tuple[Weights, ...]
+    tables: tuple[AnyWeights, ...]
     certificates: tuple[Certificate, ...]
     attacks: tuple[float, ...]
     """The best attacker's success on each class, under the public prior."""

@@ -135,12 +135,18 @@ def log_up(ratio: Fraction) -> float:
     return top - bottom + 4 * max(math.ulp(top), math.ulp(bottom))
 
 
-def hockey_stick(table: Float64[np.ndarray, "spans candidates"], grid: Float64[np.ndarray, "points"]) -> np.ndarray:
-    """Returns, for each ε of the grid, max over pairs of Σ_y max(0, P[x,y] - e^ε P[x',y])."""
-    result = np.zeros(len(grid))
-    factors = np.exp(grid)
+def hockey_stick(table: Float64[np.ndarray, "spans candidates"], epsilons: Float64[np.ndarray, "points"]) -> np.ndarray:
+    """Returns, for each ε, δ(ε) = max over pairs of Σ_y max(0, P[x,y] - e^ε P[x',y]).
+
+    Pairs come in both orders, so δ(-ε) = 1 - e^-ε + e^-ε δ(ε): only ε of at least 0 are computed.
+    """
+    sizes, back = np.unique(np.abs(epsilons), return_inverse=True)
+    positive = np.zeros(len(sizes))
     for row in table:
-        for index, factor in enumerate(factors):
+        for index, factor in enumerate(np.exp(sizes)):
             excess = row - factor * table
-            result[index] = max(result[index], float(np.maximum(excess, 0.0).sum(axis=1).max()))
-    return result
+            np.maximum(excess, 0.0, out=excess)
+            positive[index] = max(positive[index], float(excess.sum(axis=1).max()))
+    curve = positive[back]
+    shrink = np.exp(-np.abs(epsilons))
+    return np.where(epsilons < 0, 1.0 - shrink + shrink * curve, curve)

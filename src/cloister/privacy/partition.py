@@ -23,7 +23,7 @@ def centred(vectors: Vectors) -> Vectors:
     return result
 
 
-def sketch(vectors: Vectors, dimensions: int = SKETCH_DIMENSIONS) -> Vectors:
+def sketch(vectors: Vectors, dimensions: int = SKETCH_DIMENSIONS) -> Float32[np.ndarray, "members _"]:
     """Returns the vectors in their leading principal directions, found by a randomised range finder (seeded: public data).
 
     Vectors that have no more dimensions than that come back as they are.
