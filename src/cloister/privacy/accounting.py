@@ -123,7 +123,9 @@ def check_curve(curve: DominatingCurve) -> None:
     deltas = curve.deltas
     falling = all(before >= after for before, after in zip(deltas, deltas[1:], strict=False))
     if not (2 <= len(deltas) <= MAX_CURVE_POINTS and curve.gap > 0 and falling and 0 <= deltas[-1] <= deltas[0] <= 1):
-        raise PrivacyError("A sampler's dominating curve is not a privacy profile.", remedy="Build the candidates again.")
+        raise PrivacyError(
+            "A sampler's dominating curve is not a privacy profile.", remedy="Build the candidates again."
+        )
 
 
 def _pld_epsilon(charges: list[Charge], curve: DominatingCurve | None, delta: float) -> float:
@@ -161,7 +163,9 @@ def _curve_pld(curve: DominatingCurve) -> "PrivacyLossDistribution":
 
     first = round(curve.first / curve.gap)
     if not math.isclose(first * curve.gap, curve.first, rel_tol=1e-9, abs_tol=1e-12):
-        raise PrivacyError("A dominating curve does not lie on multiples of its step.", remedy="Build the candidates again.")
+        raise PrivacyError(
+            "A dominating curve does not lie on multiples of its step.", remedy="Build the candidates again."
+        )
     last = first + len(curve.deltas) - 1
     return losses.PrivacyLossDistribution(
         pld_pmf.create_pmf_pessimistic_connect_dots_fixed_gap(curve.gap, first, last, list(curve.deltas))

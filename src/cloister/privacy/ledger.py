@@ -146,7 +146,9 @@ class Ledger:
         with _explained(path):
             fresh = not path.exists()
             if fresh and not create:
-                raise LedgerError(f"There is no ledger at {path}.", remedy="It is made by the first `cloister gateway`.")
+                raise LedgerError(
+                    f"There is no ledger at {path}.", remedy="It is made by the first `cloister gateway`."
+                )
             if fresh:
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
@@ -182,7 +184,9 @@ class Ledger:
                 f"A privacy budget of {budget} admits no prompt.", remedy="Give one above 0, for instance --budget 16."
             )
         if not (name and len(name) <= MAX_NAME and name.isprintable()):
-            raise BudgetError("A session's name is empty, too long or not printable.", remedy="Use 1 to 128 characters.")
+            raise BudgetError(
+                "A session's name is empty, too long or not printable.", remedy="Use 1 to 128 characters."
+            )
         rho = zcdp_budget(budget)
         rule, most = "basic", budget
         if per_span.rho > 0 and rho / per_span.rho > budget / per_span.epsilon:
@@ -240,19 +244,20 @@ class Ledger:
         with _explained(self.path), self._transaction("DEFERRED"):
             row = self._db.execute("SELECT * FROM sessions WHERE name = ?", (session,)).fetchone()
             if row is None:
-                raise LedgerError(f"There is no session {session!r} in {self.path}.", remedy="`cloister ledger` lists them.")
+                raise LedgerError(
+                    f"There is no session {session!r} in {self.path}.", remedy="`cloister ledger` lists them."
+                )
             name, budget, delta, rule, most, policy, opened = row[:7]
             curve = _unpacked(*row[7:])
             counts = self._db.execute(
-                "SELECT COUNT(*), TOTAL(spans), TOTAL(repeated), TOTAL(pseudonyms) FROM prompts WHERE session = ?", (name,)
+                "SELECT COUNT(*), TOTAL(spans), TOTAL(repeated), TOTAL(pseudonyms) FROM prompts WHERE session = ?",
+                (name,),
             ).fetchone()
             charges = self._charges("prompts.session = ?", name)
             used = self._used(name, rule)
         spent = compose([entry.charge for entry in charges], curve, delta)
         largest = max((entry.charge.cost.epsilon for entry in charges), default=0.0)
-        return SessionReport(
-            name, budget, delta, rule, used, most, policy, opened, *(int(c) for c in counts), spent, largest
-        )
+        return SessionReport(name, budget, delta, rule, used, most, policy, opened, *_four(counts), spent, largest)
 
     def prompts(self, session: str, last: int = 20) -> list[PromptReport]:
         """Returns the last prompts of a session, oldest first."""
@@ -266,7 +271,7 @@ class Ledger:
             charges = {row[0]: self._charges("charges.prompt = ?", row[0]) for row in rows}
         return [
             PromptReport(
-                *row,
+                *(int(row[0]), float(row[1]), int(row[2]), int(row[3]), int(row[4])),
                 tuple((e.kind, e.charge.cost.epsilon, e.charge.count) for e in charges[row[0]]),
                 compose([e.charge for e in charges[row[0]]], curve),
             )
@@ -323,7 +328,8 @@ def _prepare(path: Path, database: sqlite3.Connection, fresh: bool) -> None:
     orphans = database.execute("PRAGMA foreign_key_check").fetchone()
     if problems != ["ok"] or orphans is not None:
         raise LedgerError(
-            f"The ledger {path} is damaged: {problems[0] if problems != ['ok'] else 'charges of no prompt'}.", remedy=_DAMAGED
+            f"The ledger {path} is damaged: {problems[0] if problems != ['ok'] else 'charges of no prompt'}.",
+            remedy=_DAMAGED,
         )
 
 
@@ -346,7 +352,8 @@ def _explained(path: Path) -> Iterator[None]:
             ) from error
         if "FULL" in code or "IOERR" in code or "READONLY" in code or "CANTOPEN" in code:
             raise LedgerError(
-                f"The ledger {path} cannot be written ({error}); nothing was sent.", remedy="Free space or fix its rights."
+                f"The ledger {path} cannot be written ({error}); nothing was sent.",
+                remedy="Free space or fix its rights.",
             ) from error
         raise LedgerError(f"The ledger {path} is damaged: {error}.", remedy=_DAMAGED) from error
     except OSError as error:
@@ -360,6 +367,11 @@ def _over(session: str, budget: float, rule: str, used: float, wanted: float, mo
         f"{max(0.0, most - used):.4g} of {most:.4g} is left (budget ε = {budget:g}, counted by {rule}). Nothing was sent.",
         remedy="Begin another session (its secrets are then accounted anew, so what both reveal adds up), or send less.",
     )
+
+
+def _four(counts: Sequence[float]) -> tuple[int, int, int, int]:
+    prompts, spans, repeated, pseudonyms = counts
+    return int(prompts), int(spans), int(repeated), int(pseudonyms)
 
 
 def _price(cost: Cost, rule: str) -> float:
