@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cloister import __version__
-from cloister.cli import accelerator, bench, candidates, chat, demo, generate, inspect, plan
+from cloister.cli import accelerator, bench, candidates, chat, demo, gateway, generate, inspect, ledger, plan
 from cloister.cli.display import stderr
 from cloister.errors import CloisterError
 
@@ -28,6 +28,8 @@ app.command("inspect")(inspect.inspect)
 app.command("plan")(plan.plan)
 app.command("demo")(demo.demo)
 app.command("accelerator")(accelerator.accelerator)
+app.command("gateway")(gateway.gateway)
+app.command("ledger")(ledger.ledger)
 app.add_typer(candidates.app, name="candidates")
 app.add_typer(bench.app, name="bench")
 

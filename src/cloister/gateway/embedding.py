@@ -5,17 +5,15 @@ is sanitised already. On a machine whose user must not read the table, this part
 the table arrives sealed; `ClientModel` is the seam: whatever opens a `ModelDirectory` there can stand in its place.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
 from cloister.errors import PrivacyError, RequestError
 from cloister.gateway.engine import EngineRequest
 from cloister.model.directory import ModelDirectory
-
-TABLE: Final = "model.embed_tokens.weight"
+from cloister.model.identity import EMBEDDING
 
 
 class ClientModel:
@@ -23,8 +21,8 @@ class ClientModel:
 
     def __init__(self, directory: ModelDirectory) -> None:
         self.directory = directory
-        self._table = directory.checkpoint.raw(TABLE)
-        self.dtype = directory.checkpoint.dtype(TABLE)
+        self._table = directory.checkpoint.raw(EMBEDDING)
+        self.dtype = directory.checkpoint.dtype(EMBEDDING)
         """The table's element type, by its safetensors name."""
         self.width = directory.spec.hidden_size
 
@@ -52,10 +50,6 @@ class ClientModel:
                 "A token has no embedding.", remedy="Tokenizer and checkpoint belong to different models."
             )
         return np.array(self._table[wanted], order="C", copy=True)
-
-    def fingerprint(self) -> str:
-        """Returns the SHA-256 of the embedding table's bytes."""
-        return hashlib.sha256(np.ascontiguousarray(self._table).data).hexdigest()
 
 
 def _turn(message: Mapping[str, Any]) -> dict[str, Any]:

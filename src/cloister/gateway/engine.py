@@ -53,6 +53,9 @@ class Engine(Protocol):
             GatewayError: it does not, or cannot be reached.
         """
 
+    async def alive(self) -> None:
+        """Raises `GatewayError` unless the engine can be reached and serves the model."""
+
     def generate(self, request: EngineRequest) -> AsyncIterator[Delta]:
         """Returns the answer's pieces; stops the engine's work when it is closed early.
 

@@ -41,6 +41,10 @@ class TextEngine:
         """
         self._model = (await served_model(self._client, self._model))[0]
 
+    async def alive(self) -> None:
+        """See `Engine`."""
+        await served_model(self._client, self._model)
+
     async def generate(self, request: EngineRequest) -> AsyncIterator[Delta]:
         """See `Engine`."""
         body: dict[str, Any] = {

@@ -84,6 +84,10 @@ class VllmEngine:
         if self._transport is Transport.EMBEDS:
             await self._compare_tables()
 
+    async def alive(self) -> None:
+        """See `Engine`."""
+        await served_model(self._client, self._model)
+
     async def generate(self, request: EngineRequest) -> AsyncIterator[Delta]:
         """See `Engine`."""
         tokens = self._local.tokens(request)

@@ -9,6 +9,7 @@ Sources: basic composition (Dwork et al. 2006); bounded range η gives η²/8-zC
 discretisation (Doroshenko et al. 2022), both by `dp-accounting`.
 """
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def up(value: float) -> float:
 def check_curve(curve: DominatingCurve) -> None:
     """Raises `PrivacyError` unless `curve` can be a privacy profile: falling from at most 1, never negative."""
     deltas = curve.deltas
-    falling = all(before >= after for before, after in zip(deltas, deltas[1:], strict=False))
+    falling = all(before >= after for before, after in itertools.pairwise(deltas))
     if not (2 <= len(deltas) <= MAX_CURVE_POINTS and curve.gap > 0 and falling and 0 <= deltas[-1] <= deltas[0] <= 1):
         raise PrivacyError(
             "A sampler's dominating curve is not a privacy profile.", remedy="Build the candidates again."

@@ -43,8 +43,8 @@ POSITIONS: Final = {
 }
 """What the positions reveal, by mode of detection."""
 FORMATS: Final = (
-    "Pseudonyms of e-mail addresses, phone numbers, IBANs, cards and keys spend no ε: they are keyed, so they reveal the "
-    "format, and which ones are equal within a session, and nothing else to whoever lacks the key."
+    "Pseudonyms of e-mail addresses, phone numbers, IBANs, cards, keys and codes spend no ε: they are random and drawn "
+    "independently of the value, so they reveal its format and which ones are equal within a session, and no more."
 )
 
 APPLICATION_ID: Final = 0x436C6C67

@@ -1,8 +1,9 @@
 """One draw per distinct span and session: the same secret always gets the same replacement, so noise never averages out.
 
 Covers: repeats within a prompt, across prompts and in the answers that a chat sends back.
-Guarantees: the table is keyed by HMAC-SHA256 under a key of the session, over the type (name or word, identifier,
-value) and the normalised span, so it holds no span. Whether a name was taken for a person or for a place makes no second draw. Key and table live in memory only; `forget` drops both.
+Guarantees: the table is keyed by HMAC-SHA256 under a key of the session, over the type (word or name, identifier, value)
+and the normalised span, so it holds no span. Whether a name was taken for a person or for a place makes no second draw.
+Key and table live in memory only; `forget` drops both.
 Does not cover: a restart. It draws anew and the ledger charges anew, since two draws do tell more than one.
 """
 

@@ -23,7 +23,8 @@ KEY: Final = re.compile(
     r"|-----BEGIN [A-Z ]{1,40}-----[A-Za-z0-9+/=\s]{1,16000}-----END [A-Z ]{1,40}-----"
 )
 PASSWORD: Final = re.compile(
-    r"(?i:\b(?:password|passwd|passphrase|pwd|secret|token|api[ _-]?key|pin)\b(?:\s{0,3}(?:is|[:=]))\s{0,3})[\"'`]?([^\s\"'`,;]{3,200})"
+    r"(?i:\b(?:password|passwd|passphrase|pwd|secret|token|api[ _-]?key|pin)\b(?:\s{0,3}(?:is|[:=]))\s{0,3})"
+    r"[\"'`]?([^\s\"'`,;]{3,200})"
 )
 ADDRESS: Final = re.compile(
     r"\b\d{1,3}(?:\.\d{1,3}){3}\b|\b[0-9A-Fa-f]{2}(?:[:-][0-9A-Fa-f]{2}){5}\b|(?<![\w:])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{1,4}(?![\w:])"

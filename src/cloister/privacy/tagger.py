@@ -14,15 +14,31 @@ from cloister.privacy.labels import Finding
 from cloister.privacy.mechanism import Kind
 from cloister.privacy.words import INSTRUCTION_WORDS, POSSESSIVE, is_stop_word
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 TITLES: Final = frozenset(
     {"mr", "mrs", "ms", "miss", "mx", "dr", "prof", "professor", "sir", "madam", "lord", "lady", "judge"}
 )
-COMPANY_FORMS: Final = frozenset(
-    ["inc", "incorporated", "ltd", "limited", "llc", "llp", "plc", "corp", "corporation", "co", "company", "gmbh", "ag", "sa", "sas", "spa", "bv", "nv", "oy", "ab", "group", "holdings", "partners", "bank", "university", "college", "school", "hospital", "clinic", "institute", "foundation", "ministry", "agency", "association", "church", "council"]
+COMPANY_FORMS: Final = _words(
+    """
+    inc incorporated ltd limited llc llp plc corp corporation co company gmbh ag sa sas spa bv nv oy ab group
+    holdings partners bank university college school hospital clinic institute foundation ministry agency
+    association church council
+    """
 )
-PLACE_WORDS: Final = frozenset(["in", "at", "from", "near", "to", "towards", "via", "around", "outside", "leaving", "visiting"])
-PUBLIC_CAPITALS: Final = frozenset(
-    ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday", "january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november", "december", "i", "english", "api", "pdf", "html", "json", "csv", "sql", "url", "ok", "faq", "todo", "ceo", "cfo", "cto", "hr", "it", "tv", "dna", "rna", "usd", "eur", "gbp", "am", "pm", "utc", "gmt", "gdp", "iban", "bic", "ssn", "vin", "ip", "url", "isbn", "id", "ai", "ml", "llm", "cpu", "gpu", "dear", "regards", "sincerely", "best", "subject", "re", "ps", "user", "assistant", "system"]
+PLACE_WORDS: Final = frozenset(
+    ["in", "at", "from", "near", "to", "towards", "via", "around", "outside", "leaving", "visiting"]
+)
+PUBLIC_CAPITALS: Final = _words(
+    """
+    monday tuesday wednesday thursday friday saturday sunday january february march april may june july august
+    september october november december i english api pdf html json csv sql url ok faq todo ceo cfo cto hr it tv dna
+    rna usd eur gbp am pm utc gmt gdp iban bic ssn vin ip url isbn id ai ml llm cpu gpu dear regards sincerely best
+    subject re ps user assistant system
+    """
 )
 """Words in capitals that name nobody."""
 

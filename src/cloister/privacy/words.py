@@ -8,13 +8,41 @@ import re
 import unicodedata
 from typing import Final
 
-STOP_WORDS: Final = frozenset(
-    ["a", "about", "above", "across", "after", "afterwards", "again", "against", "all", "almost", "along", "already", "also", "although", "always", "am", "among", "an", "and", "another", "any", "anybody", "anyone", "anything", "anyway", "are", "around", "as", "at", "away", "back", "be", "became", "because", "become", "becomes", "been", "before", "behind", "being", "below", "beneath", "beside", "besides", "between", "beyond", "both", "but", "by", "can", "cannot", "could", "did", "do", "does", "doing", "done", "down", "during", "each", "either", "else", "enough", "etc", "even", "ever", "every", "everybody", "everyone", "everything", "except", "few", "first", "for", "from", "further", "had", "has", "have", "having", "he", "hence", "her", "here", "hers", "herself", "him", "himself", "his", "how", "however", "i", "if", "in", "indeed", "instead", "into", "is", "it", "its", "itself", "just", "last", "least", "less", "like", "many", "may", "me", "might", "mine", "more", "moreover", "most", "much", "must", "my", "myself", "near", "neither", "never", "next", "no", "nobody", "none", "nor", "not", "nothing", "now", "of", "off", "often", "on", "once", "one", "only", "onto", "or", "other", "others", "otherwise", "our", "ours", "ourselves", "out", "over", "own", "per", "perhaps", "please", "quite", "rather", "really", "same", "several", "shall", "she", "should", "since", "so", "some", "somebody", "someone", "something", "sometimes", "soon", "still", "such", "than", "that", "the", "their", "theirs", "them", "themselves", "then", "there", "therefore", "these", "they", "this", "those", "though", "through", "throughout", "thus", "to", "together", "too", "toward", "towards", "two", "under", "unless", "until", "up", "upon", "us", "very", "via", "was", "we", "well", "were", "what", "whatever", "when", "whenever", "where", "whereas", "wherever", "whether", "which", "while", "who", "whoever", "whole", "whom", "whose", "why", "will", "with", "within", "without", "would", "yes", "yet", "you", "your", "yours", "yourself", "yourselves", "aren't", "can't", "couldn't", "didn't", "doesn't", "don't", "hadn't", "hasn't", "haven't", "he'd", "he'll", "he's", "here's", "how's", "i'd", "i'll", "i'm", "i've", "isn't", "it'd", "it'll", "it's", "let's", "mustn't", "shan't", "she'd", "she'll", "she's", "shouldn't", "that's", "there's", "they'd", "they'll", "they're", "they've", "wasn't", "we'd", "we'll", "we're", "we've", "weren't", "what's", "where's", "who's", "why's", "won't", "wouldn't", "you'd", "you'll", "you're", "you've"]
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+STOP_WORDS: Final = _words(
+    """
+    a about above across after afterwards again against all almost along already also although always am among an
+    and another any anybody anyone anything anyway are around as at away back be became because become becomes been
+    before behind being below beneath beside besides between beyond both but by can cannot could did do does doing
+    done down during each either else enough etc even ever every everybody everyone everything except few first for
+    from further had has have having he hence her here hers herself him himself his how however i if in indeed
+    instead into is it its itself just last least less like many may me might mine more moreover most much must my
+    myself near neither never next no nobody none nor not nothing now of off often on once one only onto or other
+    others otherwise our ours ourselves out over own per perhaps please quite rather really same several shall she
+    should since so some somebody someone something sometimes soon still such than that the their theirs them
+    themselves then there therefore these they this those though through throughout thus to together too toward
+    towards two under unless until up upon us very via was we well were what whatever when whenever where whereas
+    wherever whether which while who whoever whole whom whose why will with within without would yes yet you your
+    yours yourself yourselves aren't can't couldn't didn't doesn't don't hadn't hasn't haven't he'd he'll he's
+    here's how's i'd i'll i'm i've isn't it'd it'll it's let's mustn't shan't she'd she'll she's shouldn't that's
+    there's they'd they'll they're they've wasn't we'd we'll we're we've weren't what's where's who's why's won't
+    wouldn't you'd you'll you're you've
+    """
 )
 """Function words of English, in lower case, contractions with a straight apostrophe."""
 
-INSTRUCTION_WORDS: Final = frozenset(
-    ["add", "analyse", "analyze", "answer", "ask", "bullet", "check", "classify", "code", "compare", "compose", "convert", "correct", "create", "describe", "draft", "edit", "email", "explain", "extract", "fix", "following", "format", "generate", "give", "help", "hello", "hi", "improve", "letter", "list", "make", "message", "note", "outline", "paragraph", "point", "points", "polite", "question", "questions", "read", "reply", "report", "respond", "review", "revise", "rewrite", "say", "sentence", "sentences", "short", "show", "summarise", "summarize", "summary", "tell", "text", "thank", "thanks", "title", "translate", "word", "words", "write"]
+INSTRUCTION_WORDS: Final = _words(
+    """
+    add analyse analyze answer ask bullet check classify code compare compose convert correct create describe draft
+    edit email explain extract fix following format generate give help hello hi improve letter list make message
+    note outline paragraph point points polite question questions read reply report respond review revise rewrite
+    say sentence sentences short show summarise summarize summary tell text thank thanks title translate word words
+    write
+    """
 )
 """Words that instruct a model; kept where the user's policy says so."""
 

@@ -184,7 +184,8 @@ class _Server:
         return _json(await self._service.attestation(request.query_params.get("nonce", "")[:256]))
 
     async def _privacy(self, request: Request) -> Response:
-        return _json(await self._service.privacy(request.query_params.get("session", "")[:128] or _session(request)))
+        session = request.query_params.get("session", "")[:128] or _session(request)
+        return _json(await self._service.privacy(session, reveal=request.query_params.get("reveal") == "true"))
 
     async def _health(self, request: Request) -> Response:
         del request

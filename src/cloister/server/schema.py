@@ -204,8 +204,8 @@ class Service(Protocol):
     async def attestation(self, nonce: str) -> dict[str, Any]:
         """Returns what is known about where the model runs."""
 
-    async def privacy(self, session: str) -> dict[str, Any]:
-        """Returns what was replaced and spent."""
+    async def privacy(self, session: str, *, reveal: bool = False) -> dict[str, Any]:
+        """Returns what was replaced and spent; `reveal` adds what the user wrote."""
 
     async def health(self) -> dict[str, Any]:
         """Returns how things are; `status` is `ok` or says what is wrong."""
