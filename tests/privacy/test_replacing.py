@@ -240,6 +240,14 @@ def test_one_draw_per_distinct_span(tmp_path: Path) -> None:
     assert again.receipt.spent.draws == 0
 
 
+def test_a_name_found_once_is_a_secret_everywhere(tmp_path: Path) -> None:
+    safe = sanitiser(tmp_path)
+    texts = safe.sanitise(["Quandry first.", "I met Zorblax Quandry there.", "A quandry."]).texts
+    assert "Quandry" not in texts[0] + texts[1]
+    assert texts[2] == "A quandry."  # in lower case it is another word
+    assert "Zorblax" not in safe.sanitise(["Zorblax?"]).texts[0]
+
+
 def test_the_charge_is_what_the_draws_cost(tmp_path: Path) -> None:
     sanitised = sanitiser(tmp_path).sanitise([TEXT])
     assert sanitised.receipt.spent.draws == 5  # and the number

@@ -6,6 +6,7 @@ import os
 import socket
 from enum import StrEnum
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -14,7 +15,7 @@ import typer
 from cloister.cli import options as o
 from cloister.cli.display import stderr
 from cloister.errors import SettingsError
-from cloister.gateway.vllm_engine import Transport
+from cloister.gateway.engine import Transport
 from cloister.privacy.detector import Dictionary, Mode
 from cloister.privacy.mechanism import Mechanism
 
@@ -105,6 +106,7 @@ def gateway(
     Then point any OpenAI client at http://127.0.0.1:8399/v1. With [bold]--engine enclave[/bold] the model runs in a Cloister
     enclave on this machine instead, and prompts go to it as they are.
     """
+    _check_installed()
     from cloister.gateway.service import Gateway, GatewaySettings
     from cloister.model.directory import open_model
     from cloister.server.app import application
@@ -211,6 +213,12 @@ def _protection(
         kept=Dictionary.read(public).entries if public else (),
     )
     return protection(detection, sampler, Ledger.open(ledger or ledger_path()))
+
+
+def _check_installed() -> None:
+    missing = [name for name in ("dp_accounting", "httpx2", "starlette", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise SettingsError(f"The gateway needs {', '.join(missing)}.", remedy="Run `pip install cloister[gateway]`.")
 
 
 def _epsilon(text: str) -> Fraction:

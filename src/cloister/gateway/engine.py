@@ -2,9 +2,21 @@
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
 
 from cloister.server.schema import Delta
+
+
+class Transport(StrEnum):
+    """In which form a sanitised prompt is sent."""
+
+    EMBEDS = "embeds"
+    """As embeddings, to a vLLM started with --enable-prompt-embeds."""
+    TOKENS = "tokens"
+    """As token ids, to any vLLM."""
+    TEXT = "text"
+    """As text, to any OpenAI-compatible server; it applies the chat template."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,13 +10,12 @@ privacy of both transports is that of the sanitised text; embeddings serve a tab
 import base64
 import math
 from collections.abc import AsyncIterator, Sequence
-from enum import StrEnum
 from typing import Any, Final
 
 from cloister.errors import EngineProtocolError, RequestError
 from cloister.gateway.completions import StreamReader
 from cloister.gateway.embedding import ClientModel
-from cloister.gateway.engine import EngineRequest
+from cloister.gateway.engine import EngineRequest, Transport
 from cloister.gateway.http import EngineClient
 from cloister.gateway.tensor_file import tensor_file
 from cloister.gateway.text_engine import served_model
@@ -31,17 +30,6 @@ PUBLIC_TEXTS: Final = (
 PROBE_TOKENS: Final = 4
 MOST_DIFFERENCE: Final = 0.15
 """Nats by which log-probabilities of the two forms of one prompt may differ: kernels of bfloat16 stay below, other tables not."""
-
-
-class Transport(StrEnum):
-    """In which form a sanitised prompt is sent."""
-
-    EMBEDS = "embeds"
-    """As embeddings, to a vLLM started with --enable-prompt-embeds."""
-    TOKENS = "tokens"
-    """As token ids, to any vLLM."""
-    TEXT = "text"
-    """As text, to any OpenAI-compatible server; it applies the chat template."""
 
 
 class VllmEngine:

@@ -23,7 +23,7 @@ from cloister.privacy.ledger import Entry, Ledger, Receipt
 from cloister.privacy.mechanism import Cost, Kind, Mechanism, Sampler, Span
 from cloister.privacy.memo import Memo, Remembered
 from cloister.privacy.restore import Swap
-from cloister.privacy.words import WORD, cased_like, cleaned, is_stop_word
+from cloister.privacy.words import POSSESSIVE, WORD, cased_like, cleaned, is_stop_word
 
 NOTHING = Cost(0.0, 0.0)
 
@@ -84,7 +84,7 @@ class Sanitiser:
         """
         with self._turn:
             plain = [cleaned(text) for text in texts]
-            pieces = [self._pieces(text) for text in plain]
+            pieces = self._again(plain, [self._pieces(text) for text in plain])
             everything = [piece for row in pieces for piece in row]
             new = {piece.tag: piece for piece in reversed(everything) if self._memo.get(piece.tag) is None}
             fresh = list(reversed(new.values()))
@@ -105,6 +105,30 @@ class Sanitiser:
             for found in _split(text, finding)
             for span in [self._normal(text[found.start : found.stop], found.label)]
         ]
+
+    def _again(self, texts: Sequence[str], found: list[list[Piece]]) -> list[list[Piece]]:
+        """Returns the pieces with those added whose words were found elsewhere, in this request or before it.
+
+        A name that a detector knows by its surroundings once is a secret everywhere; in lower case a name may be another word.
+        """
+        labels = {piece.tag: piece.label for row in found for piece in row if isinstance(piece.label, Kind)}
+        rows = []
+        for text, row in zip(texts, found, strict=True):
+            covered = bytearray(len(text))
+            for piece in row:
+                covered[piece.start : piece.stop] = b"\1" * (piece.stop - piece.start)
+            extra = []
+            for match in WORD.finditer(text):
+                start, span = match.start(), POSSESSIVE.sub("", match.group())
+                if any(covered[start : start + len(span)]) or is_stop_word(span):
+                    continue
+                tag = self._memo.tag(Kind.WORD, span)
+                remembered = self._memo.get(tag)
+                label = labels.get(tag) or (remembered.label if remembered else None)
+                if isinstance(label, Kind) and (span[0].isupper() or label is Kind.WORD):
+                    extra.append(Piece(start, start + len(span), label, self._normal(span, label), tag))
+            rows.append(sorted([*row, *extra], key=lambda piece: piece.start))
+        return rows
 
     def _normal(self, span: str, label: Label) -> str:
         """Returns the form of a span for which its replacement is drawn: one form for all of its cases.
