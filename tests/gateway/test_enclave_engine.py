@@ -11,7 +11,6 @@ from cloister.assets import demo_model
 from cloister.gateway.enclave_engine import EnclaveEngine
 from cloister.gateway.service import Gateway, GatewaySettings
 from cloister.local.client import LLM
-from cloister.settings import BlindingSettings, Placement, Settings
 from tests.gateway.conftest import Running
 
 CHAT = [{"role": "user", "content": "Tell me a story about a fox and a kite."}]
@@ -19,7 +18,7 @@ CHAT = [{"role": "user", "content": "Tell me a story about a fox and a kite."}]
 
 @pytest.fixture
 def running(serve: Callable[..., Running]) -> Iterator[Running]:
-    llm = LLM(demo_model(), Settings(blinding=BlindingSettings(placement=Placement.ENCLAVE)))
+    llm = LLM(demo_model())
     yield serve(Gateway(EnclaveEngine(llm, "demo"), GatewaySettings(), None))  # the gateway closes it
 
 

@@ -6,8 +6,10 @@ separate but not protected from the host; `describe` and `/v1/attestation` say s
 """
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, Protocol, runtime_checkable
 
 from cloister.errors import CloisterError, RequestError
@@ -62,7 +64,7 @@ class EnclaveEngine:
     def __init__(self, enclave: Enclave, model: str) -> None:
         self._enclave = enclave
         self._name = model
-        self._turn = asyncio.Lock()
+        self._reader = ThreadPoolExecutor(1, "enclave")  # one thread: one generation at a time, each read to its end
 
     @property
     def model(self) -> str:
@@ -92,20 +94,17 @@ class EnclaveEngine:
             own = dict(sampling)
             if own.get("seed") is not None:
                 own["seed"] = int(str(own["seed"])) + index  # several choices of one seed are several answers
-            async with self._turn:
-                async for piece in self._answer(request, own):
-                    if isinstance(piece, str):
-                        yield Delta(index=index, text=piece)
-                    else:
-                        prompt_tokens, completion_tokens = (
-                            piece.prompt_tokens,
-                            completion_tokens + piece.completion_tokens,
-                        )
-                        yield Delta(index=index, finish=REASONS.get(piece.reason, "stop"))
+            async for piece in self._answer(request, own):
+                if isinstance(piece, str):
+                    yield Delta(index=index, text=piece)
+                else:
+                    prompt_tokens, completion_tokens = piece.prompt_tokens, completion_tokens + piece.completion_tokens
+                    yield Delta(index=index, finish=REASONS.get(piece.reason, "stop"))
         yield Delta(usage=Usage(prompt_tokens, completion_tokens))
 
     async def close(self) -> None:
         """See `Engine`."""
+        self._reader.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._enclave.close)
 
     def _sampling(self, request: EngineRequest) -> dict[str, object]:
@@ -121,16 +120,20 @@ class EnclaveEngine:
         left = threading.Event()
 
         def give(item: Any) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, item)
+            with contextlib.suppress(RuntimeError):  # the loop ended: nobody listens
+                loop.call_soon_threadsafe(pieces.put_nowait, item)
 
         def read() -> None:
+            if left.is_set():
+                return
             try:
                 reply = self._ask(request, sampling)
+                cancelled = False
                 for delta in reply.deltas():
-                    if left.is_set():
+                    if left.is_set() and not cancelled:
                         self._enclave.cancel()
-                        left.clear()
-                    if delta.text:
+                        cancelled = True
+                    if delta.text and not cancelled:
                         give(delta.text)
                 give(reply.finished)
             except CloisterError as error:
@@ -139,7 +142,7 @@ class EnclaveEngine:
                 give(CloisterError(f"The enclave's answer could not be read ({type(error).__name__})."))
                 raise
 
-        reader = loop.run_in_executor(None, read)
+        self._reader.submit(read)
         try:
             while True:
                 item = await pieces.get()
@@ -150,7 +153,6 @@ class EnclaveEngine:
                     return
         finally:
             left.set()
-            await asyncio.shield(reader)
 
     def _ask(self, request: EngineRequest, sampling: dict[str, object]) -> Answer:
         if not request.chat:
