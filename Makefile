@@ -7,7 +7,7 @@ WORKERS ?= 2
 GPU_PYTHON ?= $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint types fmt cov docs docs-check bench bench-smoke fuzz lock clean bench-gpu
+.PHONY: help setup demo test test-all lint types fmt cov docs docs-check bench bench-smoke fuzz lock clean bench-gpu vllm vllm-serve
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -24,6 +24,13 @@ setup: $(VENV)/.dev ## install everything that development needs (CPU PyTorch in
 
 demo: $(VENV)/.run ## run the shipped model on an accelerator that sees only blinded integers
 	$(BIN)/cloister demo
+
+vllm: ## install vLLM for CPU into .venv-vllm, for the gateway's tests against a real engine
+	PYTHON=$(PYTHON) sh scripts/setup_vllm.sh .venv-vllm
+
+vllm-serve: ## start that vLLM with the shipped model at http://127.0.0.1:8000
+	HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/vllm serve src/cloister/assets/demo \
+		--enable-prompt-embeds --max-model-len 512 --enforce-eager --host 127.0.0.1 --port 8000
 
 test: $(VENV)/.dev ## the default tests: no GPU, no TEE, no network
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu and not tee"

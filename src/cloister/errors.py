@@ -17,9 +17,14 @@ CloisterError                      everything this package raises on purpose
 │   ├── AcceleratorLostError       the process died or the connection was cut
 │   ├── AcceleratorProtocolError   an answer was malformed, short, repeated, late or for another request
 │   └── VerificationError          an answer was wrong: the Freivalds check refused it
-├── PrivacyError                   a prompt cannot be sanitised as asked
+├── PrivacyError                   a prompt cannot be sanitised as promised, so it is not sent
 │   ├── CandidatesError            a candidate file is damaged, or made for another model or ε
-│   └── CertificateError           a table spends more than it claims
+│   ├── CertificateError           a table spends more than it claims
+│   ├── LedgerError                the record of spent privacy is damaged, locked or of another version
+│   └── BudgetError                the session's privacy budget does not cover the prompt
+├── GatewayError                   the gateway cannot pass a request on
+│   ├── EngineUnreachableError     the engine is down, slow or cut the connection
+│   └── EngineProtocolError        the engine answered something else than it was asked for
 ├── WireError                      bytes from a peer do not decode within their limits
 ├── PlanError                      a plan would expose a secret, contradicts itself or names what does not exist
 ├── AttestationError               it could not be shown what runs in an enclave
@@ -121,7 +126,7 @@ class VerificationError(AcceleratorError):
 
 
 class PrivacyError(CloisterError):
-    """A prompt cannot be sanitised as asked."""
+    """A prompt cannot be sanitised as promised, so it is not sent."""
 
 
 class CandidatesError(PrivacyError):
@@ -130,6 +135,26 @@ class CandidatesError(PrivacyError):
 
 class CertificateError(PrivacyError):
     """A table spends more than it claims."""
+
+
+class LedgerError(PrivacyError):
+    """The record of spent privacy is damaged, locked or of another version."""
+
+
+class BudgetError(PrivacyError):
+    """The session's privacy budget does not cover the prompt."""
+
+
+class GatewayError(CloisterError):
+    """The gateway cannot pass a request on."""
+
+
+class EngineUnreachableError(GatewayError):
+    """The engine is down, slow or cut the connection."""
+
+
+class EngineProtocolError(GatewayError):
+    """The engine answered something else than it was asked for."""
 
 
 class WireError(CloisterError):

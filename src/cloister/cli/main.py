@@ -13,8 +13,10 @@ from cloister.cli import (
     candidates,
     chat,
     demo,
+    gateway,
     generate,
     inspect,
+    ledger,
     measure,
     plan,
     seal,
@@ -45,6 +47,8 @@ app.command("verify")(verify.verify)
 app.command("measure")(measure.measure)
 app.command("seal")(seal.seal)
 app.add_typer(broker.app, name="broker")
+app.command("gateway")(gateway.gateway)
+app.command("ledger")(ledger.ledger)
 app.add_typer(candidates.app, name="candidates")
 app.add_typer(bench.app, name="bench")
 

@@ -1,0 +1,270 @@
+"""`cloister gateway`: an OpenAI-compatible server on this machine that sanitises what it passes on."""
+
+import asyncio
+import ipaddress
+import os
+import socket
+from enum import StrEnum
+from fractions import Fraction
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from cloister.cli import options as o
+from cloister.cli.display import stderr
+from cloister.errors import SettingsError
+from cloister.gateway.engine import Transport
+from cloister.privacy.detector import Dictionary, Mode
+from cloister.privacy.mechanism import Mechanism
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+    from cloister.gateway.engine import Engine
+    from cloister.gateway.service import Gateway, Protection
+    from cloister.model.directory import ModelDirectory
+
+PORT: Final = 8399
+LOOPBACK: Final = "127.0.0.1"
+ENCLAVE: Final = "enclave"
+
+
+class ModeOption(StrEnum):
+    """`privacy.detector.Mode`, as the command line spells it."""
+
+    DETECTED = "detected"
+    ALL_CONTENT = "all-content"
+
+
+def gateway(
+    engine: Annotated[
+        str, typer.Option("--engine", help="Address of a vLLM or other OpenAI-compatible server, or the word enclave.")
+    ],
+    model: Annotated[
+        Path,
+        typer.Option("--model", help="Folder of the model that the engine serves: tokenizer, template, embeddings."),
+    ],
+    epsilon: Annotated[str, typer.Option("--epsilon", help="ε of one replacement: 0.5, 1, 2 or 4.")] = "2",
+    budget: Annotated[float, typer.Option("--budget", help="ε of a whole session; then prompts are refused.")] = 16.0,
+    session: Annotated[
+        str, typer.Option("--session", help="Session of clients that send no X-Cloister-Session header.")
+    ] = "default",
+    mode: Annotated[
+        ModeOption,
+        typer.Option("--mode", help="detected: replace what detectors find. all-content: every word but public ones."),
+    ] = ModeOption.DETECTED,
+    transport: Annotated[
+        Transport,
+        typer.Option(
+            "--transport",
+            help="embeds: vLLM with --enable-prompt-embeds. tokens: any vLLM. text: any OpenAI-compatible server.",
+        ),
+    ] = Transport.EMBEDS,
+    mechanism: Annotated[
+        Mechanism, typer.Option("--mechanism", help="How replacements are drawn.")
+    ] = Mechanism.CHANNEL,
+    candidates: Annotated[
+        Path | None, typer.Option("--candidates", help="Candidate file; default: the one in the model's folder.")
+    ] = None,
+    detectors: Annotated[
+        str, typer.Option("--detectors", help="rules, presidio, spacy:MODEL, separated by commas; patterns always run.")
+    ] = "rules,presidio",
+    dictionary: Annotated[
+        Path | None, typer.Option("--dictionary", help="Your own sensitive words: lines `entry` or `entry = label`.")
+    ] = None,
+    public: Annotated[
+        Path | None, typer.Option("--public-words", help="Words to keep with --mode all-content, one a line.")
+    ] = None,
+    restore_words: Annotated[
+        bool, typer.Option("--restore-words", help="Put ordinary words back too, not only names, values, identifiers.")
+    ] = False,
+    ledger: Annotated[Path | None, typer.Option("--ledger", help="The record of what was spent.")] = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; other than loopback needs a key.")
+    ] = LOOPBACK,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0: any free one.")] = PORT,
+    key_file: Annotated[
+        Path | None, typer.Option("--key-file", help="File with the API key that clients must send.")
+    ] = None,
+    origins: Annotated[
+        list[str] | None,
+        typer.Option("--allow-origin", help="Web page that may use the gateway from a browser; repeat."),
+    ] = None,
+    served_model: Annotated[str, typer.Option("--served-model", help="The model's name at the engine.")] = "",
+    engine_key_file: Annotated[
+        Path | None, typer.Option("--engine-key-file", help="File with the engine's API key.")
+    ] = None,
+    timeout: Annotated[float, typer.Option("--timeout", help="Longest silence of the engine, in seconds.")] = 120.0,
+    quiet: o.QuietOption = False,
+) -> None:
+    """Serve OpenAI's protocol on this machine; what leaves it is sanitised, counted and restored in the answer.
+
+    [bold]cloister gateway --engine http://gpu-host:8000 --model ~/models/Llama-3.2-1B-Instruct --epsilon 2[/bold]
+
+    Then point any OpenAI client at http://127.0.0.1:8399/v1. With [bold]--engine enclave[/bold] the model runs in a Cloister
+    enclave on this machine instead, and prompts go to it as they are.
+    """
+    _check_installed()
+    from cloister.gateway.service import Gateway, GatewaySettings
+    from cloister.model.directory import open_model
+    from cloister.server.app import application
+
+    key = _secret(key_file)
+    _check_exposure(host, key)
+    with _listening(host, port) as listener:
+        directory = open_model(model)
+        protection: Protection | None = None
+        if engine == ENCLAVE:
+            made: Engine = _enclave_engine(directory)
+        else:
+            made = _engine(engine, directory, transport, served_model, _secret(engine_key_file), timeout)
+            protection = _protection(
+                directory,
+                candidates,
+                mechanism,
+                _epsilon(epsilon),
+                Mode(str(mode).replace("-", "_")),
+                detectors,
+                dictionary,
+                public,
+                ledger,
+            )
+        settings = GatewaySettings(session=session, budget=budget, restore_words=restore_words)
+        service = Gateway(made, settings, protection)
+        hosts = {LOOPBACK, "localhost", "[::1]", host}
+        app = application(service, hosts=tuple(hosts), origins=tuple(origins or ()), key=key)
+        asyncio.run(_serve(service, app, listener, quiet))
+
+
+def ledger_path() -> Path:
+    """Returns where the ledger is kept: `$XDG_STATE_HOME/cloister/ledger.db`, by default under `~/.local/state`."""
+    state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(state) / "cloister" / "ledger.db"
+
+
+async def _serve(service: "Gateway", app: "Starlette", listener: socket.socket, quiet: bool) -> None:
+    import uvicorn
+
+    try:
+        await service.start()
+        host, port = listener.getsockname()[:2]
+        if not quiet:
+            described = await service.attestation("")
+            console = stderr()
+            console.print(f"Listening on http://{host}:{port}/v1", soft_wrap=True, highlight=False)
+            console.print(f"  {described['statement']}", soft_wrap=True)
+            console.print(
+                f"  What was replaced and spent: http://{host}:{port}/v1/privacy, `cloister ledger`.", soft_wrap=True
+            )
+        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", server_header=False)
+        await uvicorn.Server(config).serve(sockets=[listener])
+    finally:
+        await service.close()
+
+
+def _engine(
+    address: str, directory: "ModelDirectory", transport: Transport, served_model: str, key: str, timeout: float
+) -> "Engine":
+    from cloister.gateway.embedding import ClientModel
+    from cloister.gateway.http import EngineClient
+    from cloister.gateway.text_engine import TextEngine
+    from cloister.gateway.vllm_engine import VllmEngine
+
+    if not address.startswith(("http://", "https://")):
+        raise SettingsError(f"--engine is {address!r}.", remedy="Give http://HOST:PORT, https://... or enclave.")
+    if not 0 < timeout <= 3600:
+        raise SettingsError(f"--timeout is {timeout}.", remedy="Allowed: above 0, up to 3600 seconds.")
+    client = EngineClient(address, key, timeout)
+    if transport is Transport.TEXT:
+        return TextEngine(client, served_model)
+    return VllmEngine(client, ClientModel(directory), transport, served_model)
+
+
+def _enclave_engine(directory: "ModelDirectory") -> "Engine":
+    from cloister.gateway.enclave_engine import EnclaveEngine
+    from cloister.local.client import LLM
+
+    return EnclaveEngine(LLM(directory.path), directory.path.name)
+
+
+def _protection(
+    directory: "ModelDirectory",
+    candidates: Path | None,
+    mechanism: Mechanism,
+    epsilon: Fraction,
+    mode: Mode,
+    detectors: str,
+    dictionary: Path | None,
+    public: Path | None,
+    ledger: Path | None,
+) -> "Protection":
+    from cloister.gateway.protect import detection_for, sampler_for
+    from cloister.gateway.service import protection
+    from cloister.privacy.ledger import Ledger
+
+    held, sampler = sampler_for(directory, candidates, mechanism, epsilon)
+    detection = detection_for(
+        held,
+        mode,
+        names=[name.strip() for name in detectors.split(",") if name.strip()],
+        dictionary=Dictionary.read(dictionary) if dictionary else None,
+        kept=Dictionary.read(public).entries if public else (),
+    )
+    return protection(detection, sampler, Ledger.open(ledger or ledger_path()))
+
+
+def _check_installed() -> None:
+    missing = [name for name in ("dp_accounting", "httpx2", "starlette", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise SettingsError(f"The gateway needs {', '.join(missing)}.", remedy="Run `pip install cloister[gateway]`.")
+
+
+def _epsilon(text: str) -> Fraction:
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        value = Fraction(0)
+    if not 0 < value <= 16:
+        raise SettingsError(f"--epsilon is {text!r}.", remedy="Give a number above 0 and at most 16, such as 2 or 0.5.")
+    return value
+
+
+def _secret(path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"Cannot read the key in {path}: {error}.", remedy="Give a text file.") from error
+    if not (key and key.isprintable() and key.isascii()):
+        raise SettingsError(f"There is no usable key in {path}.", remedy="It must be one line of ASCII.")
+    return key
+
+
+def _check_exposure(host: str, key: str) -> None:
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if not loopback and not key:
+        raise SettingsError(
+            f"--host {host} would let others on the network spend this session's budget and read its answers.",
+            remedy="Set --key-file, or stay on 127.0.0.1.",
+        )
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise SettingsError(
+            f"Cannot listen on {host}:{port}: {error.strerror}.",
+            remedy="Stop what uses the port, or choose another --port.",
+        ) from error
+    return listener

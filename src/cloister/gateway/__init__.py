@@ -1,0 +1,1 @@
+"""The user's side: detects, sanitises, sends, and restores the answer."""

@@ -1,0 +1,195 @@
+"""A strict client of an engine's HTTP interface: limits on everything that comes back, one kind of error for each failure.
+
+Covers: an engine that is down, slow, cuts the connection, answers with an error page, sends lines or answers without end,
+sends other encodings, redirects elsewhere. Guarantees: nothing is sent to another address than the one configured, and
+nothing twice. Does not cover: whether the engine's words are true.
+"""
+
+import contextlib
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Any, Final
+
+import httpx2
+import msgspec
+
+from cloister.errors import EngineProtocolError, EngineUnreachableError, RequestError
+
+MAX_ANSWER_BYTES: Final = 256 * 2**20
+MAX_LINE_BYTES: Final = 4 * 2**20
+MAX_PAGE_BYTES: Final = 4 * 2**20
+CONNECT_SECONDS: Final = 10.0
+SHOWN_CHARACTERS: Final = 300
+
+
+class EngineClient:
+    """A connection to an engine."""
+
+    def __init__(self, address: str, key: str = "", timeout_seconds: float = 120.0) -> None:
+        """Takes the base address (with or without `/v1`), the engine's API key, and the longest silence."""
+        self.address = address.rstrip("/").removesuffix("/v1")
+        headers = {"accept-encoding": "identity", **({"authorization": f"Bearer {key}"} if key else {})}
+        self._client = httpx2.AsyncClient(
+            base_url=self.address,
+            headers=headers,
+            timeout=httpx2.Timeout(timeout_seconds, connect=min(CONNECT_SECONDS, timeout_seconds)),
+            follow_redirects=False,
+        )
+
+    async def get(self, path: str) -> dict[str, Any]:
+        """Returns the JSON object at `path`."""
+        return await self._whole("GET", path, None)
+
+    async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Returns the JSON object that answers `body`."""
+        return await self._whole("POST", path, body)
+
+    async def events(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """Yields the objects of a stream of server-sent events until its end.
+
+        Raises:
+            EngineProtocolError: the stream breaks off, or holds something else.
+        """
+        content = msgspec.json.encode({**body, "stream": True})
+        with self._explained():
+            async with self._client.stream("POST", path, content=content, headers=_JSON) as response:
+                await self._check(response)
+                if not response.headers.get("content-type", "").startswith("text/event-stream"):
+                    raise self._odd(
+                        f"a stream was asked for, and {_shown(response.headers.get('content-type', ''))} came"
+                    )
+                async for line in self._lines(response):
+                    if not line.startswith(b"data:"):
+                        continue
+                    data = line[5:].strip()
+                    if data == b"[DONE]":
+                        return
+                    event = self._decoded(data)
+                    if "error" in event:
+                        raise self._failed(event["error"])
+                    yield event
+        raise EngineUnreachableError(
+            f"The engine at {self.address} cut the answer short.",
+            remedy="Ask again; look at the engine's log if it recurs.",
+        )
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._client.aclose()
+
+    async def __aenter__(self) -> "EngineClient":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _whole(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        content = None if body is None else msgspec.json.encode(body)
+        with self._explained():
+            async with self._client.stream(
+                method, path, content=content, headers=_JSON if body is not None else None
+            ) as response:
+                await self._check(response)
+                return self._decoded(await self._page(response))
+
+    async def _check(self, response: httpx2.Response) -> None:
+        if response.status_code == 200:
+            return
+        page = await self._page(response)
+        reason = _reason(page)
+        if response.status_code in (400, 413, 422):
+            raise RequestError(f"The engine refuses the request: {reason}.")
+        if response.status_code in (401, 403):
+            raise EngineProtocolError(
+                f"The engine at {self.address} refuses the gateway (HTTP {response.status_code}): {reason}.",
+                remedy="Give its API key with --engine-key-file.",
+            )
+        if response.status_code in (429, 503):
+            raise EngineUnreachableError(
+                f"The engine at {self.address} is overloaded: {reason}.", remedy="Ask again later."
+            )
+        raise EngineProtocolError(
+            f"The engine at {self.address} answered HTTP {response.status_code}: {reason}.",
+            remedy="Is this the address of an OpenAI-compatible server, and is it well?",
+        )
+
+    async def _page(self, response: httpx2.Response) -> bytes:
+        pieces: list[bytes] = []
+        length = 0
+        async for piece in response.aiter_raw():
+            length += len(piece)
+            if length > MAX_PAGE_BYTES:
+                raise self._odd(f"it is longer than {MAX_PAGE_BYTES} bytes")
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    async def _lines(self, response: httpx2.Response) -> AsyncIterator[bytes]:
+        rest = b""
+        total = 0
+        async for piece in response.aiter_raw():
+            total += len(piece)
+            *lines, rest = (rest + piece).split(b"\n")
+            if len(rest) > MAX_LINE_BYTES or total > MAX_ANSWER_BYTES:
+                raise self._odd("it has no end")
+            for line in lines:
+                yield line.rstrip(b"\r")
+
+    def _decoded(self, data: bytes) -> dict[str, Any]:
+        try:
+            value = msgspec.json.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            raise self._odd(f"it is no JSON: {_shown(data.decode('utf-8', 'replace'))}") from None
+        if not isinstance(value, dict):
+            raise self._odd("it is no JSON object")
+        return value
+
+    def _odd(self, what: str) -> EngineProtocolError:
+        return EngineProtocolError(
+            f"The answer of {self.address} cannot be used: {what}.",
+            remedy="Is this the address of an OpenAI-compatible server?",
+        )
+
+    def _failed(self, error: object) -> EngineProtocolError:
+        message = error.get("message", error) if isinstance(error, dict) else error
+        return EngineProtocolError(
+            f"The engine at {self.address} failed: {_shown(str(message))}.", remedy="See its log."
+        )
+
+    @contextlib.contextmanager
+    def _explained(self) -> Any:
+        try:
+            yield
+        except httpx2.TimeoutException as error:
+            raise EngineUnreachableError(
+                f"The engine at {self.address} did not answer in time ({type(error).__name__}).",
+                remedy="Raise --timeout, or look at the engine.",
+            ) from None
+        except httpx2.InvalidURL:
+            raise EngineUnreachableError(
+                f"{self.address} is no address.", remedy="Give one like http://host:8000."
+            ) from None
+        except httpx2.HTTPError as error:  # not chained: it holds the request
+            raise EngineUnreachableError(
+                f"The engine at {self.address} cannot be reached or cut the connection ({type(error).__name__}).",
+                remedy="Start it, or give another --engine.",
+            ) from None
+
+
+_JSON: Final = {"content-type": "application/json"}
+
+
+def _reason(page: bytes) -> str:
+    text = page.decode("utf-8", "replace")
+    with contextlib.suppress(msgspec.DecodeError, RecursionError):
+        value = msgspec.json.decode(page)
+        error = value.get("error", value) if isinstance(value, dict) else value
+        text = str(error.get("message", error)) if isinstance(error, dict) else str(error)
+    return _shown(text)
+
+
+def _shown(text: str) -> str:
+    """Returns the beginning of a foreign text, on one line, printable."""
+    plain = "".join(c if c.isprintable() else " " for c in text[: 2 * SHOWN_CHARACTERS])
+    return " ".join(plain.split())[:SHOWN_CHARACTERS].rstrip(".")

@@ -1,0 +1,158 @@
+"""The back-end for vLLM: the gateway makes the prompt, and sends its tokens or its embeddings.
+
+Covers: chat template and tokenizer on the client, so that both transports agree token for token; a server with another
+tokenizer, another embedding table or a shorter context (found at the start, by public texts); answers that count other
+prompt lengths. Embeddings travel as a dense matrix of their own (`gateway.tensor_file`), with a `cache_salt` for each session.
+Does not cover: confidentiality by embedding. A server that knows the table reads the tokens off the embeddings, so the
+privacy of both transports is that of the sanitised text; embeddings serve a table that the server keeps to itself.
+"""
+
+import base64
+import math
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Final
+
+from cloister.errors import EngineProtocolError, RequestError
+from cloister.gateway.completions import StreamReader
+from cloister.gateway.embedding import ClientModel
+from cloister.gateway.engine import EngineRequest, Transport
+from cloister.gateway.http import EngineClient
+from cloister.gateway.tensor_file import tensor_file
+from cloister.gateway.text_engine import served_model
+from cloister.server.schema import Delta
+
+PUBLIC_TEXTS: Final = (
+    "The quick brown fox jumps over the lazy dog. 0123456789",
+    'Grüße, naïve café!\n\t{"key": [1, 2.5]} <tag> 日本語 😀',
+)
+"""What is sent to compare tokenizers and tables; it says nothing about the user."""
+
+PROBE_TOKENS: Final = 4
+MOST_DIFFERENCE: Final = 0.15
+"""Nats by which log-probabilities of the two forms of one prompt may differ: kernels of bfloat16 stay below, other tables not."""
+
+
+class VllmEngine:
+    """Sends prompts as tokens or as embeddings to vLLM's `/v1/completions`."""
+
+    trusted = False
+
+    def __init__(self, client: EngineClient, model: ClientModel, transport: Transport, served_model: str = "") -> None:
+        self._client = client
+        self._local = model
+        self._transport = transport
+        self._model = served_model
+        self._context = model.directory.spec.max_positions
+
+    @property
+    def model(self) -> str:
+        """See `Engine`."""
+        return self._model
+
+    def describe(self) -> dict[str, Any]:
+        """See `Engine`."""
+        return {
+            "address": self._client.address,
+            "transport": str(self._transport),
+            "model": self._model,
+            "context": self._context,
+            "attested": False,
+        }
+
+    async def start(self) -> None:
+        """Checks that the server has this client's tokenizer and embedding table.
+
+        Raises:
+            GatewayError: it has not, it cannot be reached, or it takes no embeddings.
+        """
+        self._model, context = await served_model(self._client, self._model)
+        self._context = min(self._context, context or self._context)
+        for text in PUBLIC_TEXTS:
+            await self._compare_tokenizers(text)
+        if self._transport is Transport.EMBEDS:
+            await self._compare_tables()
+
+    async def alive(self) -> None:
+        """See `Engine`."""
+        await served_model(self._client, self._model)
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[Delta]:
+        """See `Engine`."""
+        tokens = self._local.tokens(request)
+        body = self._body(request, len(tokens)) | self._prompt(tokens)
+        reader = StreamReader(request.choices, as_chat=request.chat)
+        async for event in self._client.events("/v1/completions", body):
+            for delta in reader.read(event):
+                if delta.usage is not None and delta.usage.prompt_tokens != len(tokens):
+                    raise EngineProtocolError(
+                        f"The engine read {delta.usage.prompt_tokens} prompt tokens where {len(tokens)} were sent.",
+                        remedy="It changes prompts, or counts them otherwise: use a stock vLLM.",
+                    )
+                yield delta
+        reader.check_ended()
+
+    async def close(self) -> None:
+        """See `Engine`."""
+        await self._client.close()
+
+    def _body(self, request: EngineRequest, length: int) -> dict[str, Any]:
+        room = self._context - length
+        wanted = request.sampling.get("max_tokens", room if request.chat else min(16, room))
+        if room < 1 or wanted > room:
+            raise RequestError(
+                f"The prompt takes {length} tokens and the answer up to {max(1, wanted)}; the context is {self._context}.",
+                remedy="Send less, or lower max_tokens. Nothing was sent.",
+            )
+        body: dict[str, Any] = {
+            "model": self._model,
+            "n": request.choices,
+            "stream_options": {"include_usage": True},
+            **request.sampling,
+            "max_tokens": wanted,
+        }
+        if request.top_logprobs is not None:
+            body["logprobs"] = request.top_logprobs
+        if request.cache_salt:
+            body["cache_salt"] = request.cache_salt
+        return body
+
+    def _prompt(self, tokens: Sequence[int]) -> dict[str, Any]:
+        if self._transport is not Transport.EMBEDS:
+            return {"prompt": list(tokens)}
+        file = tensor_file(self._local.rows(tokens), self._local.dtype, self._local.width)
+        return {"prompt_embeds": base64.b64encode(file).decode("ascii")}
+
+    async def _compare_tokenizers(self, text: str) -> None:
+        answer = await self._client.post(
+            "/tokenize", {"model": self._model, "prompt": text, "add_special_tokens": False}
+        )
+        if answer.get("tokens") != self._local.directory.tokenizer.encode(text, add_special_tokens=False):
+            raise EngineProtocolError(
+                f"The engine at {self._client.address} has another tokenizer than {self._local.directory.path}.",
+                remedy="Give --model the folder of the very model that it serves.",
+            )
+
+    async def _compare_tables(self) -> None:
+        """Raises unless a public prompt has the same continuation as tokens and as embeddings of this client's table."""
+        tokens = self._local.directory.tokenizer.encode(PUBLIC_TEXTS[0])
+        answers = []
+        for prompt in ({"prompt": tokens}, self._prompt(tokens)):
+            body = {"model": self._model, "max_tokens": PROBE_TOKENS, "temperature": 0, "logprobs": 1, **prompt}
+            answers.append(_probed(await self._client.post("/v1/completions", body)))
+        (first, its), (second, other) = answers
+        close = len(its) == len(other) and all(
+            math.isclose(a, b, abs_tol=MOST_DIFFERENCE) for a, b in zip(its[:1], other[:1], strict=True)
+        )
+        if not close or first[:1] != second[:1]:
+            raise EngineProtocolError(
+                f"The engine at {self._client.address} has another embedding table than {self._local.directory.path}.",
+                remedy="Give --model the folder of the very model that it serves, or use --transport tokens.",
+            )
+
+
+def _probed(answer: dict[str, Any]) -> tuple[list[str], list[float]]:
+    try:
+        logprobs = answer["choices"][0]["logprobs"]
+        return [str(token) for token in logprobs["tokens"]], [float(value) for value in logprobs["token_logprobs"]]
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise EngineProtocolError("The engine's answer to a public prompt has no log-probabilities.") from None

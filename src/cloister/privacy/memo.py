@@ -1,0 +1,61 @@
+"""One draw per distinct span and session: the same secret always gets the same replacement, so noise never averages out.
+
+Covers: repeats within a prompt, across prompts and in the answers that a chat sends back.
+Guarantees: the table is keyed by HMAC-SHA256 under a key of the session, over the type (word or name, identifier, value)
+and the normalised span, so it holds no span. Whether a name was taken for a person or for a place makes no second draw.
+Key and table live in memory only; `forget` drops both.
+Does not cover: a restart. It draws anew and the ledger charges anew, since two draws do tell more than one.
+"""
+
+import hashlib
+import hmac
+import os
+from dataclasses import dataclass
+
+from cloister.privacy.labels import Label
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """A replacement, and what the span was called when it was drawn."""
+
+    text: str
+    label: Label
+
+
+class Memo:
+    """The replacements of one session."""
+
+    def __init__(self) -> None:
+        self._key = os.urandom(32)
+        self._table: dict[bytes, Remembered] = {}
+        self._used: set[str] = set()
+
+    def tag(self, label: Label, span: str) -> bytes:
+        """Returns the key of a span: equal for equal spans, whatever their case and blanks."""
+        return hmac.digest(self._key, f"{type(label).__name__}\0{normalised(span)}".encode(), hashlib.sha256)
+
+    def get(self, tag: bytes) -> Remembered | None:
+        """Returns what was drawn for a span, if it was."""
+        return self._table.get(tag)
+
+    def put(self, tag: bytes, remembered: Remembered) -> None:
+        """Remembers a draw; the first one stays."""
+        self._table.setdefault(tag, remembered)
+        self._used.add(normalised(remembered.text))
+
+    def unused(self, text: str) -> bool:
+        """Returns whether no span got this replacement."""
+        return normalised(text) not in self._used
+
+    def forget(self) -> None:
+        """Forgets everything, and the key."""
+        self.__init__()  # type: ignore[misc]
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+
+def normalised(span: str) -> str:
+    """Returns a span without differences of case and of blanks."""
+    return " ".join(span.split()).casefold()

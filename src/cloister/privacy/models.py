@@ -1,0 +1,141 @@
+"""Detectors that other libraries bring: Presidio's pattern recognisers and the user's spaCy models.
+
+Covers: loading them without the network and translating their labels. Does not cover: their accuracy.
+Both import spaCy, which takes seconds and, where PyTorch is installed, imports it too: so they are loaded on demand.
+Presidio's recognisers of e-mail addresses and links are left out: they ask a public list of domains over the network.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from cloister.errors import SettingsError
+from cloister.privacy.labels import Finding, Format, Label, Numeral
+from cloister.privacy.mechanism import Kind
+
+RECOGNISERS: Final[Mapping[str, Format]] = {
+    "CreditCardRecognizer": Format.CARD,
+    "IbanRecognizer": Format.IBAN,
+    "PhoneRecognizer": Format.PHONE,
+    "IpRecognizer": Format.ADDRESS,
+    "MacAddressRecognizer": Format.ADDRESS,
+    "CryptoRecognizer": Format.KEY,
+    "UsSsnRecognizer": Format.IDENTIFIER,
+    "UsItinRecognizer": Format.IDENTIFIER,
+    "UsMbiRecognizer": Format.IDENTIFIER,
+    "MedicalLicenseRecognizer": Format.IDENTIFIER,
+    "NhsRecognizer": Format.IDENTIFIER,
+    "UkNinoRecognizer": Format.IDENTIFIER,
+    "UkPostcodeRecognizer": Format.IDENTIFIER,
+    "AuAbnRecognizer": Format.IDENTIFIER,
+    "AuTfnRecognizer": Format.IDENTIFIER,
+    "EsNifRecognizer": Format.IDENTIFIER,
+    "ItFiscalCodeRecognizer": Format.IDENTIFIER,
+    "PlPeselRecognizer": Format.IDENTIFIER,
+    "FiPersonalIdentityCodeRecognizer": Format.IDENTIFIER,
+    "SePersonnummerRecognizer": Format.IDENTIFIER,
+    "DeTaxIdRecognizer": Format.IDENTIFIER,
+    "InAadhaarRecognizer": Format.IDENTIFIER,
+    "InPanRecognizer": Format.IDENTIFIER,
+    "UuidRecognizer": Format.IDENTIFIER,
+}
+"""Recognisers of Presidio that are used, and what they find here."""
+
+LEAST_SCORE: Final = 0.35
+"""Presidio's confidence below which a pattern matches almost any number."""
+
+SPACY_LABELS: Final[Mapping[str, Label]] = {
+    "PERSON": Kind.PERSON,
+    "PER": Kind.PERSON,
+    "ORG": Kind.ORGANISATION,
+    "GPE": Kind.CITY,
+    "LOC": Kind.CITY,
+    "FAC": Kind.CITY,
+    "NORP": Kind.WORD,
+    "DATE": Numeral.DATE,
+}
+
+
+class Presidio:
+    """Presidio's pattern recognisers, without its language models."""
+
+    def __init__(self) -> None:
+        """Loads them.
+
+        Raises:
+            SettingsError: `presidio-analyzer` is not installed.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                from presidio_analyzer import predefined_recognizers as known
+        except ImportError as error:
+            raise SettingsError(
+                "presidio-analyzer is not installed.",
+                remedy="Run `pip install cloister[gateway]`, or leave Presidio out with --detectors rules.",
+            ) from error
+        self._recognisers: list[tuple[Any, Format]] = [
+            (getattr(known, name)(), label) for name, label in RECOGNISERS.items() if hasattr(known, name)
+        ]
+
+    @property
+    def name(self) -> str:
+        """See `Detector`."""
+        return f"Presidio ({len(self._recognisers)} recognisers)"
+
+    def find(self, text: str) -> list[Finding]:
+        """See `Detector`."""
+        found = []
+        for recogniser, label in self._recognisers:
+            results = recogniser.analyze(text, recogniser.supported_entities, None) or ()
+            found += [Finding(r.start, r.end, label) for r in results if r.score >= LEAST_SCORE]
+        return found
+
+
+class Spacy:
+    """A spaCy pipeline that the user has, by name or folder."""
+
+    def __init__(self, model: str) -> None:
+        """Loads it; nothing is downloaded.
+
+        Raises:
+            SettingsError: spaCy or the model is not installed.
+        """
+        try:
+            import spacy
+
+            self._pipeline: Any = spacy.load(model)
+        except (ImportError, OSError, ValueError) as error:
+            raise SettingsError(
+                f"The spaCy model {model!r} cannot be loaded: {error}.",
+                remedy=f"Install it (python -m spacy download {model}), or leave it out.",
+            ) from error
+        self._model = model
+
+    @property
+    def name(self) -> str:
+        """See `Detector`."""
+        return f"spaCy {self._model}"
+
+    def find(self, text: str) -> list[Finding]:
+        """See `Detector`."""
+        document = self._pipeline(text)
+        found = [(entity.start_char, entity.end_char, entity.label_) for entity in document.ents]
+        return [Finding(start, stop, SPACY_LABELS[label]) for start, stop, label in found if label in SPACY_LABELS]
+
+
+def named(names: Sequence[str]) -> list["Presidio | Spacy"]:
+    """Returns the detectors called `presidio` and `spacy:MODEL`; `rules` needs no loading.
+
+    Raises:
+        SettingsError: a name is unknown, or what it names is not installed.
+    """
+    found: list[Presidio | Spacy] = []
+    for name in names:
+        if name == "presidio":
+            found.append(Presidio())
+        elif name.startswith("spacy:") and len(name) > len("spacy:"):
+            found.append(Spacy(name.removeprefix("spacy:")))
+        elif name != "rules":
+            raise SettingsError(f"There is no detector {name!r}.", remedy="Use rules, presidio or spacy:MODEL.")
+    return found

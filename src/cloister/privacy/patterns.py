@@ -1,0 +1,137 @@
+"""Finds identifiers, dates and numbers by their form, with the check digits that cards and IBANs carry.
+
+Covers: what has a form. Does not cover: names and places (`privacy.tagger`), or identifiers that look like plain words.
+Patterns are generous: a serial number taken for a phone number is replaced just as well. Every expression is linear in
+the length of the text (no nested repetition), so a hostile text cannot stall it.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from cloister.privacy.labels import Finding, Format, Numeral
+
+EMAIL: Final = re.compile(r"[\w.+%-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}")
+URL: Final = re.compile(r"\b(?:https?|ftp|ssh|wss?)://[^\s<>\"'`]{1,2000}|\bwww\.[^\s<>\"'`]{1,2000}", re.IGNORECASE)
+IBAN: Final = re.compile(r"\b[A-Z]{2}\d{2}(?:[ -]?[A-Z0-9]){11,30}\b")
+CARD: Final = re.compile(r"(?<![\w.])\d(?:[ -]?\d){11,18}(?!\w)")
+PHONE: Final = re.compile(r"(?<![\w.])(?:\+|00)?\(?\d{1,4}\)?(?:[ ./-]{0,2}\(?\d{2,5}\)?){2,5}(?![\w])")
+KEY: Final = re.compile(
+    r"\b(?:(?:sk|pk|rk|ghp|gho|ghs|ghu|github_pat|glpat|xox[abprs]|hf|npm|pypi|AKIA|ASIA|AIza|eyJ|ya29)[-_.]?"
+    r"[A-Za-z0-9_.+/=-]{12,2000})"
+    r"|-----BEGIN [A-Z ]{1,40}-----[A-Za-z0-9+/=\s]{1,16000}-----END [A-Z ]{1,40}-----"
+)
+PASSWORD: Final = re.compile(
+    r"(?i:\b(?:password|passwd|passphrase|pwd|secret|token|api[ _-]?key|pin)\b(?:\s{0,3}(?:is|[:=]))\s{0,3})"
+    r"[\"'`]?([^\s\"'`,;]{3,200})"
+)
+ADDRESS: Final = re.compile(
+    r"\b\d{1,3}(?:\.\d{1,3}){3}\b|\b[0-9A-Fa-f]{2}(?:[:-][0-9A-Fa-f]{2}){5}\b|(?<![\w:])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{1,4}(?![\w:])"
+)
+SSN: Final = re.compile(r"(?<![\w-])\d{3}-\d{2}-\d{4}(?![\w-])")
+UUID: Final = re.compile(r"\b[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}\b")
+MIXED: Final = re.compile(
+    r"(?<![\w@])(?=[\w/-]{0,60}\d)(?=[\w/-]{0,60}[A-Za-z])[A-Za-z0-9][\w/-]{2,60}[A-Za-z0-9](?!\w)"
+)
+DIGITS: Final = re.compile(r"(?<![\w.,])\d(?:[ -]?\d){6,30}(?![\w])|(?<!\w)0\d{2,30}(?!\w)")
+DATE: Final = re.compile(
+    r"(?<![\w/-])(?:\d{4}-\d{2}-\d{2}|\d{1,2}[/.-]\d{1,2}[/.-](?:\d{4}|\d{2}))(?![\w/-])"
+    r"|\b(?:\d{1,2}\.? )?(?:January|February|March|April|May|June|July|August|September|October|November|December)"
+    r"(?: \d{1,2}(?:st|nd|rd|th)?(?:,? \d{4})?| \d{4})\b"
+    r"|\b\d{1,2}\.? (?:January|February|March|April|May|June|July|August|September|October|November|December)\b"
+)
+NUMBER: Final = re.compile(
+    r"(?<![\w.])\d{1,3}(?:,\d{3}){1,5}(?:\.\d{1,6})?(?!\w)|(?<![\w.])\d{1,18}(?:[.,]\d{1,6})?(?!\d)"
+)
+ORDINAL: Final = re.compile(r"^(?:st|nd|rd|th)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """The pattern detector; `all_numbers` takes single digits too."""
+
+    all_numbers: bool = False
+
+    @property
+    def name(self) -> str:
+        """See `Detector`."""
+        return "patterns" if not self.all_numbers else "patterns with every number"
+
+    def find(self, text: str) -> list[Finding]:
+        """Returns identifiers first, then dates, then numbers, the surest first."""
+        return [*self._identifiers(text), *_all(DATE, text, Numeral.DATE), *self._numbers(text)]
+
+    def _identifiers(self, text: str) -> Iterator[Finding]:
+        for match in PASSWORD.finditer(text):
+            yield Finding(match.start(1), match.start(1) + len(match.group(1).rstrip(".!?)")), Format.KEY)
+        for match in KEY.finditer(text):
+            yield Finding(match.start(), match.start() + len(match.group().rstrip(".=,;")), Format.KEY)
+        yield from _all(EMAIL, text, Format.EMAIL)
+        for match in URL.finditer(text):
+            yield Finding(match.start(), match.start() + len(match.group().rstrip(".,;:!?)]}")), Format.URL)
+        yield from (found for found in _all(IBAN, text, Format.IBAN) if iban_is_valid(text[found.start : found.stop]))
+        dates = [match.span() for match in DATE.finditer(text)]
+        yield from (found for found in _all(CARD, text, Format.CARD) if luhn_is_valid(text[found.start : found.stop]))
+        yield from _all(UUID, text, Format.IDENTIFIER)
+        yield from _all(SSN, text, Format.IDENTIFIER)
+        yield from _all(ADDRESS, text, Format.ADDRESS)
+        for found in _all(PHONE, text, Format.PHONE):
+            digits = sum(letter.isdigit() for letter in text[found.start : found.stop])
+            if 7 <= digits <= 15 and not any(found.start <= start and stop <= found.stop for start, stop in dates):
+                yield found
+        yield from (found for found in _all(MIXED, text, Format.IDENTIFIER) if _is_code(text[found.start : found.stop]))
+        yield from _all(DIGITS, text, Format.IDENTIFIER)
+
+    def _numbers(self, text: str) -> Iterator[Finding]:
+        for found in _all(NUMBER, text, Numeral.NUMBER):
+            digits = text[found.start : found.stop]
+            joined = text[found.stop : found.stop + 1].isalpha() or text[found.stop : found.stop + 1] == "_"
+            if joined and self.all_numbers:
+                continue  # every word is replaced, this one as a whole
+            if self.all_numbers or len(digits) > 1 or _is_amount(text, found):
+                yield found
+
+
+def luhn_is_valid(card: str) -> bool:
+    """Returns whether the digits of a card number end in their check digit (ISO/IEC 7812-1)."""
+    digits = [int(letter) for letter in card if letter.isdigit()]
+    return 12 <= len(digits) <= 19 and luhn_digit(digits[:-1]) == digits[-1]
+
+
+def luhn_digit(digits: list[int]) -> int:
+    """Returns the check digit of `digits`."""
+    doubled = [digit * 2 if place % 2 == 0 else digit for place, digit in enumerate(reversed(digits))]
+    return -sum(value - 9 if value > 9 else value for value in doubled) % 10
+
+
+def iban_is_valid(iban: str) -> bool:
+    """Returns whether an IBAN's check digits are right (ISO 13616, ISO/IEC 7064 mod 97-10)."""
+    plain = re.sub(r"[ -]", "", iban)
+    return 15 <= len(plain) <= 34 and iban_remainder(plain) == 1
+
+
+def iban_remainder(plain: str) -> int:
+    """Returns the mod-97 remainder of an IBAN without blanks."""
+    return int("".join(str(int(letter, 36)) for letter in plain[4:] + plain[:4])) % 97
+
+
+def _all(pattern: re.Pattern[str], text: str, label: Format | Numeral) -> Iterator[Finding]:
+    for match in pattern.finditer(text):
+        yield Finding(match.start(), match.end(), label)
+
+
+def _is_code(word: str) -> bool:
+    """Returns whether a word of letters and digits names something, unlike 3D, 2nd, 20s, 10km or GPT-4."""
+    if re.fullmatch(r"\d+(?:st|nd|rd|th|s|am|pm|km|kg|mg|ml|cm|mm|GB|MB|KB|k|m|x|D|h|min)", word):
+        return False
+    return sum(letter.isdigit() for letter in word) >= 3 or len(re.findall(r"\d[A-Za-z]|[A-Za-z]\d", word)) >= 3
+
+
+def _is_amount(text: str, found: Finding) -> bool:
+    before, after = text[max(0, found.start - 2) : found.start], text[found.stop : found.stop + 12]
+    if ORDINAL.match(after):
+        return False
+    return bool(
+        re.search(r"[$€£¥] ?$", before) or re.match(r" ?(?:%|[$€£¥°]|percent|million|billion|years|kg|km|mg)", after)
+    )

@@ -1,0 +1,185 @@
+"""A small rule tagger for names, organisations and places: works offline, loads nothing, and rather finds too much.
+
+Covers: English text with ordinary capitals, by public name lists, titles, company forms, prepositions and capitals inside
+a sentence. Does not cover: names written in lower case that no list holds, or other languages; a spaCy model
+(`privacy.models`) finds more where one is installed. A word found needlessly costs ε and quality; one missed is sent.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from cloister.privacy.labels import Finding
+from cloister.privacy.mechanism import Kind
+from cloister.privacy.words import INSTRUCTION_WORDS, POSSESSIVE, is_stop_word
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+TITLES: Final = frozenset(
+    {"mr", "mrs", "ms", "miss", "mx", "dr", "prof", "professor", "sir", "madam", "lord", "lady", "judge"}
+)
+COMPANY_FORMS: Final = _words(
+    """
+    inc incorporated ltd limited llc llp plc corp corporation co company gmbh ag sa sas spa bv nv oy ab group
+    holdings partners bank university college school hospital clinic institute foundation ministry agency
+    association church council
+    """
+)
+PLACE_WORDS: Final = frozenset(
+    ["in", "at", "from", "near", "to", "towards", "via", "around", "outside", "leaving", "visiting"]
+)
+PUBLIC_CAPITALS: Final = _words(
+    """
+    monday tuesday wednesday thursday friday saturday sunday january february march april may june july august
+    september october november december i english api pdf html json csv sql url ok faq todo ceo cfo cto hr it tv dna
+    rna usd eur gbp am pm utc gmt gdp iban bic ssn vin ip url isbn id ai ml llm cpu gpu dear regards sincerely best
+    subject re ps user assistant system
+    """
+)
+"""Words in capitals that name nobody."""
+
+_TOKEN: Final = re.compile(r"(?<!\w)[^\W\d_]+(?:['’.-][^\W\d_]+)*(?!\w)\.?")
+_SENTENCE_END: Final = re.compile(r"(?:^|[.!?:;\n\"“”(•>*-])\s*[\"'“”‘’(\[*_]*$")
+_JOINED: Final = re.compile(r"^[ \t]+(?:(?:of|the|de|la|le|van|von|der|den|di|da|del|bin|al|and|&)[ \t]+){0,2}$")
+
+WEAK: Final = frozenset({Kind.FIRST_NAME, Kind.LAST_NAME, Kind.CITY, Kind.COUNTRY, Kind.ORGANISATION})
+"""Kinds whose entries in a list count only with a capital."""
+
+
+@dataclass(frozen=True)
+class _Word:
+    text: str
+    start: int
+    stop: int
+    begins: bool
+
+    @property
+    def plain(self) -> str:
+        return POSSESSIVE.sub("", self.text).rstrip(".").lower()
+
+    @property
+    def capital(self) -> bool:
+        return self.text[:1].isupper()
+
+
+@dataclass(frozen=True)
+class Tagger:
+    """Finds entities by rules and by `lists`, public words in lower case with their kind.
+
+    Where `common` words (in lower case) are given, a word that begins a sentence and is none of them counts as a name.
+    """
+
+    lists: Mapping[str, Kind] = field(default_factory=dict, repr=False)
+    common: frozenset[str] = field(default=frozenset(), repr=False)
+
+    @property
+    def name(self) -> str:
+        """See `Detector`."""
+        return "rules"
+
+    def find(self, text: str) -> list[Finding]:
+        """Returns the entities of `text`."""
+        words = [
+            _Word(
+                match.group(),
+                match.start(),
+                match.end(),
+                bool(_SENTENCE_END.search(text[max(0, match.start() - 8) : match.start()])),
+            )
+            for match in _TOKEN.finditer(text)
+        ]
+        found: list[Finding] = []
+        index = 0
+        while index < len(words):
+            run = self._run(text, words, index)
+            if run:
+                found += self._entity(words, index, run)
+                index += len(run)
+            else:
+                word = words[index]
+                kind = self.lists.get(word.plain)
+                if kind is not None and kind not in WEAK and kind is not Kind.WORD:
+                    found.append(_finding(word, word, kind))
+                index += 1
+        return found
+
+    def _run(self, text: str, words: list[_Word], index: int) -> list[_Word]:
+        """Returns the capitalised words from `index` on that belong together."""
+        run: list[_Word] = []
+        for word in words[index:]:
+            joined = not run or bool(_JOINED.match(text[run[-1].stop : word.start]))
+            if not joined or (run and not self._continues(run, word)):
+                break
+            following = words[index + len(run) + 1] if index + len(run) + 1 < len(words) else None
+            if not self._names(text, word, run, following):
+                break
+            run.append(word)
+            if POSSESSIVE.search(word.text):
+                break
+        return run
+
+    @staticmethod
+    def _continues(run: list[_Word], word: _Word) -> bool:
+        last = run[-1]
+        ended = last.text.endswith(".") and len(last.plain) > 2 and last.plain not in TITLES | COMPANY_FORMS
+        return not ended and not (word.begins and not word.text[1:2].islower() and last.text.endswith("."))
+
+    def _names(self, text: str, word: _Word, run: list[_Word], following: _Word | None) -> bool:
+        plain = word.plain
+        if not word.capital or plain in PUBLIC_CAPITALS or is_stop_word(plain):
+            return False
+        if run or plain in TITLES:
+            return True
+        if word.begins:  # any word begins a sentence with a capital: only known names count there
+            known = self.lists.get(plain)
+            if known is not None and known is not Kind.WORD:
+                return True
+            if self.common:
+                return plain not in self.common and known is None and plain not in INSTRUCTION_WORDS
+            return following is not None and self._pair(text, word, following)
+        return not (plain in INSTRUCTION_WORDS and not self.lists.get(plain))
+
+    @staticmethod
+    def _pair(text: str, word: _Word, following: _Word) -> bool:
+        """Returns whether two words in capitals at the beginning of a sentence look like a name."""
+        apart = text[word.stop : following.start]
+        plain = following.plain
+        ordinary = word.plain in INSTRUCTION_WORDS or plain in PUBLIC_CAPITALS or is_stop_word(plain)
+        return apart.strip(" ") == "" and following.capital and len(word.plain) > 1 and not ordinary
+
+    def _entity(self, words: list[_Word], index: int, run: list[_Word]) -> list[Finding]:
+        titled = run[0].plain in TITLES
+        named = run[1:] if titled else run
+        if not named:
+            return []
+        kind = self._kind(words[index - 1].plain if index else "", named, titled)
+        if kind is Kind.PERSON and len(named) == 1:
+            kind = Kind.LAST_NAME if titled else Kind.FIRST_NAME
+        return [_finding(named[0], named[-1], kind)]
+
+    def _kind(self, before: str, named: list[_Word], titled: bool) -> Kind:
+        plains = [word.plain for word in named]
+        whole = self.lists.get(" ".join(plains))
+        first = self.lists.get(plains[0])
+        if titled:
+            return Kind.PERSON
+        if whole is not None and whole is not Kind.WORD:
+            return Kind.PERSON if len(named) > 1 and whole in (Kind.FIRST_NAME, Kind.LAST_NAME) else whole
+        if any(plain in COMPANY_FORMS for plain in plains) or (len(named) == 1 and named[0].text.isupper()):
+            return Kind.ORGANISATION
+        if first is Kind.FIRST_NAME and len(named) <= 4:
+            return Kind.PERSON
+        if first in (Kind.CITY, Kind.COUNTRY, Kind.ORGANISATION):
+            return first
+        if before in PLACE_WORDS:
+            return Kind.CITY
+        return Kind.PERSON if 2 <= len(named) <= 3 else Kind.WORD if len(named) == 1 else Kind.ORGANISATION
+
+
+def _finding(first: _Word, last: _Word, kind: Kind) -> Finding:
+    stop = last.start + len(POSSESSIVE.sub("", last.text).rstrip("."))
+    return Finding(first.start, stop, kind)

@@ -1,0 +1,1 @@
+"""Speaks the OpenAI protocol to anything that answers chats."""
