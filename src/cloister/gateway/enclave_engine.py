@@ -107,13 +107,13 @@ class EnclaveEngine:
         self._reader.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._enclave.close)
 
-    def _sampling(self, request: EngineRequest) -> dict[str, object]:
+    def _sampling(self, request: EngineRequest) -> dict[str, Any]:
         unknown = [name for name in request.sampling if name not in OPTIONS]
         if unknown:
             raise RequestError(f"The enclave does not know {', '.join(unknown)}.", remedy="Leave it out.")
         return {OPTIONS[name]: tuple(value) if name == "stop" else value for name, value in request.sampling.items()}
 
-    async def _answer(self, request: EngineRequest, sampling: dict[str, object]) -> AsyncIterator[Any]:
+    async def _answer(self, request: EngineRequest, sampling: dict[str, Any]) -> AsyncIterator[Any]:
         """Yields texts and, last, the figures; the enclave's blocking reply is read by a thread."""
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[Any] = asyncio.Queue()
@@ -154,7 +154,7 @@ class EnclaveEngine:
         finally:
             left.set()
 
-    def _ask(self, request: EngineRequest, sampling: dict[str, object]) -> Answer:
+    def _ask(self, request: EngineRequest, sampling: dict[str, Any]) -> Answer:
         if not request.chat:
             return self._enclave.generate(request.text, **sampling)
         turns = [{"role": str(m["role"]), "content": str(m.get("content", ""))} for m in request.messages]
