@@ -74,7 +74,7 @@ class Prediction:
     """What a plan is predicted to cost."""
 
     decode_seconds: float
-    """Per token, pads in stock."""
+    """Per forward pass of one token, pads in stock."""
     decode_seconds_without_pads: float
     """Per token, every pad made when it is needed."""
     enclave_cpu_seconds: float
@@ -89,21 +89,23 @@ class Prediction:
     """Per token, in the pantry."""
     round_trips: int
     """Per token."""
+    sampling_seconds: float
+    """To choose a token from the logits."""
     enclave_weight_bytes: int
     """Weights that must lie in the enclave's memory because they are used there, at one byte each."""
 
     @property
     def tokens_per_second(self) -> float:
-        """Decoded tokens per second with pads in stock."""
-        return 1.0 / self.decode_seconds if self.decode_seconds else 0.0
+        """Decoded tokens per second with pads in stock, choosing them included."""
+        return 1.0 / (self.decode_seconds + self.sampling_seconds)
 
 
 def predict(plan: Plan | InsecurePlan, spec: ModelSpec, calibration: Calibration, context: int = 128) -> Prediction:
     """Returns the predicted cost of a plan at `context` tokens of context."""
     glue_extra = (context - calibration.context) * calibration.glue_per_context
-    online = calibration.glue + glue_extra + calibration.sampling
+    online = calibration.glue + glue_extra
     late = pad_cpu = row = 0.0
-    cpu = calibration.glue_cpu + glue_extra + calibration.sampling
+    cpu = calibration.glue_cpu + glue_extra
     crossing = pads = trips = weights = 0
     prefill = {a.operator.group: a.prefill for a in plan.assignments if a.operator.group}
     for name, placement in {a.operator.group: a.decode for a in plan.assignments if a.operator.group}.items():
@@ -123,5 +125,5 @@ def predict(plan: Plan | InsecurePlan, spec: ModelSpec, calibration: Calibration
     online += masked * calibration.masked_attention
     cpu += masked * calibration.masked_attention_cpu
     return Prediction(
-        online, online + late, cpu, pad_cpu, row, crossing, pads, trips + 2 * masked, weights,
+        online, online + late, cpu, pad_cpu, row, crossing, pads, trips + 2 * masked, calibration.sampling, weights,
     )  # fmt: skip
