@@ -46,7 +46,12 @@ def settings() -> str:
     """Returns one table per settings class, from its fields and the sentences under them."""
     tree = ast.parse((SOURCE / "settings.py").read_text())
     parts = []
-    tables = {"BlindingSettings": "blinding", "AcceleratorSettings": "accelerator", "CacheSettings": "cache"}
+    tables = {
+        "BlindingSettings": "blinding",
+        "AcceleratorSettings": "accelerator",
+        "CacheSettings": "cache",
+        "PlanSettings": "plan",
+    }
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name in tables:
             rows = [
@@ -152,6 +157,38 @@ def baselines() -> str:
     )
 
 
+def policies() -> str:
+    """Returns one row per policy: what runs where and what the accelerator sees."""
+    from cloister.plan.policies import POLICIES
+
+    rows: list[dict[str, object]] = [
+        {
+            "policy": f"`{policy.name}`" + (" **INSECURE**" if policy.insecure else ""),
+            "what runs where": policy.summary,
+            "the accelerator sees": policy.sees,
+            "how that is exploited": policy.broken_by,
+            "from": policy.source,
+        }
+        for policy in POLICIES.values()
+    ]
+    return _table(rows, 5)
+
+
+def threats() -> str:
+    """Returns one row per threat profile."""
+    from cloister.plan.labels import THREATS, Party
+
+    rows: list[dict[str, object]] = [
+        {
+            "threat profile": f"`{threat.name}`",
+            "in words": threat.description,
+            **{f"secret from the {party}": ", ".join(sorted(threat.secret[party])) for party in Party},
+        }
+        for threat in THREATS.values()
+    ]
+    return _table(rows, 4)
+
+
 def _recovered(row: dict[str, object]) -> dict[str, object]:
     if not row:
         return {}
@@ -201,6 +238,8 @@ BLOCKS = {
     "cli": cli,
     "records": records,
     "baselines": baselines,
+    "policies": policies,
+    "threats": threats,
     "results": results,
 }
 
