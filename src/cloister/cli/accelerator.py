@@ -17,6 +17,9 @@ def accelerator(
     max_weight_gib: Annotated[
         float, typer.Option("--max-weights", help="GiB of weights that one client may send.")
     ] = 64.0,
+    max_operand_gib: Annotated[
+        float, typer.Option("--max-operands", help="GiB of blinded keys and values that one client may have kept.")
+    ] = 4.0,
 ) -> None:
     """Serve as an untrusted accelerator for enclaves on other hosts.
 
@@ -26,7 +29,8 @@ def accelerator(
     from cloister.accelerator.cpu import open_multiplier  # here: the other commands start faster without Numba
     from cloister.accelerator.remote import AcceleratorServer
 
-    server = AcceleratorServer(listen, lambda: open_multiplier(backend, threads), int(max_weight_gib * 2**30))
+    limits = int(max_weight_gib * 2**30), int(max_operand_gib * 2**30)
+    server = AcceleratorServer(listen, lambda: open_multiplier(backend, threads), *limits)
     stderr().print(f"accelerator at {server.address} ({server.backend}); Ctrl-C ends it")
     try:
         server.serve()
