@@ -216,6 +216,26 @@ def results() -> str:
     )
 
 
+def attention() -> str:
+    """Returns the table of what lent attention costs, and where its time goes."""
+    path = ROOT / "bench" / "results" / "attention-1.1b.json"
+    if not path.exists():
+        return "No record yet: run `make bench`."
+    record = json.loads(path.read_text())
+    machine = record["machine"]
+    contexts = [f"context {count}: " for count in record["settings"]["contexts"]]
+    names = list(dict.fromkeys(key.split(": ", 1)[1] for key in record["facts"]))
+    facts = [
+        {"": name, **{of.rstrip(": "): record["facts"][of + name] for of in contexts if of + name in record["facts"]}}
+        for name in names
+    ]
+    where = f"{machine['cores']} cores of {machine['processor'] or 'a processor'}"
+    return (
+        f"{_table(record['rows'])}\n\n{_table(facts)}\n\n`{record['command']}` on {where}, commit `{machine['commit']}`, "
+        f"{record['time'][:10]}. {record['note']}"
+    )
+
+
 def _table(rows: list[dict[str, object]], words: int = 1) -> str:
     """Returns a table whose first `words` columns are words, and whose others are numbers."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -241,6 +261,7 @@ BLOCKS = {
     "policies": policies,
     "threats": threats,
     "results": results,
+    "attention": attention,
 }
 
 

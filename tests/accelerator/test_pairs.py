@@ -171,6 +171,15 @@ def test_two_clients_keep_apart(server: AcceleratorServer, rng: np.random.Genera
     second.close()
 
 
+def test_a_server_refuses_more_operands_than_its_limit_and_says_so(rng: np.random.Generator) -> None:
+    small = AcceleratorServer("127.0.0.1:0", lambda: open_multiplier(Backend.NUMBA, 1), max_operand_bytes=100)
+    threading.Thread(target=small.serve, daemon=True).start()
+    client = RemoteAccelerator(small.address)
+    with pytest.raises(AcceleratorProtocolError, match=r"NO_MEMORY.*limit of 100"):
+        client.multiply_pair(Mirror(rng).ask(0, 0, 3, 1)[0], SECONDS)
+    small.close()
+
+
 def test_a_worker_refuses_requests_that_do_not_fit_and_goes_on(rng: np.random.Generator) -> None:
     worker = RealWorker("--max-operand-bytes", str(4 * HEADS * WIDTH * 64))
     request, expected = Mirror(rng).ask(0, 0, 2, 3)

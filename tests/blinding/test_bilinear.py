@@ -211,6 +211,13 @@ def test_a_left_pad_serves_one_attempt_and_is_gone_afterwards(rng: np.random.Gen
         first.recover(answer, out)
 
 
+def test_what_was_sent_cannot_be_changed_by_whoever_is_shown_it(rng: np.random.Generator) -> None:
+    """The check and the recovery read those rows again: to change both would be to change the result unseen."""
+    pair = make_kept(True, rng.normal(size=(1, 9, 8)).astype(np.float32)).pair(np.ones((1, 8), np.float32), 0, 0)
+    with pytest.raises(ValueError, match="read-only"):
+        pair.left.rows[0, 0] = 1
+
+
 @pytest.mark.parametrize("keys", [True, False])
 def test_cut_rows_are_zeroed(keys: bool, rng: np.random.Generator) -> None:
     kept = make_kept(keys, rng.normal(size=(2, 20, 8)).astype(np.float32))

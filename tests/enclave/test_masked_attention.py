@@ -24,9 +24,10 @@ from cloister.enclave.kvcache import PagedKVCache
 from cloister.enclave.masked_attention import MaskedAttention
 from cloister.enclave.outsource import Fault, Gate, Roster
 from cloister.enclave.prepare import EnclaveModel, prepare
+from cloister.enclave.schedule import Schedule
 from cloister.errors import AcceleratorTimeoutError, NonFiniteError, SettingsError, VerificationError
 from cloister.model.directory import open_model
-from cloister.settings import AcceleratorSettings, BlindingSettings, OnFailure, Placement, Prefill, Settings
+from cloister.settings import AcceleratorSettings, BlindingSettings, OnFailure, Prefill, Settings
 from cloister.wire.pairs import PairRequest
 
 PROMPT = "Once upon a time, there was a kind fox named Mia."
@@ -77,7 +78,7 @@ def lent(*accelerators: object, **changes: object) -> MaskedAttention:
     return MaskedAttention(roster, PadSource())
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(
     st.integers(1, 3), st.integers(1, 4), st.sampled_from([1, 8, 20, 64]), st.sampled_from([0, 1, 3, 9, 100]),
     st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(0, 2**32 - 1),
@@ -328,11 +329,10 @@ class Setup:
         for accelerator in accelerators:
             for linear in model.linears:
                 accelerator.register(linear.weight)  # type: ignore[attr-defined]
-        blinding = BlindingSettings(
-            prefill=Prefill.BLINDED, placement=Placement.BLINDED if linears else Placement.ENCLAVE
-        )
+        settings = Settings(blinding=BlindingSettings(prefill=Prefill.BLINDED))
         pantry = Pantry(model.linears, 2**24, PadSource())
-        self.gate = Gate(model.linears, accelerators, pantry, Settings(blinding=blinding))  # type: ignore[arg-type]
+        schedule = None if linears else Schedule(frozenset(), frozenset())
+        self.gate = Gate(model.linears, accelerators, pantry, settings, schedule=schedule)  # type: ignore[arg-type]
         self.attention = MaskedAttention(self.gate.roster, PadSource()) if masked else None
         spec = model.spec
         cache = PagedKVCache(spec.layers, spec.kv_heads, spec.head_dim, 16, 256)
@@ -359,9 +359,9 @@ def test_the_shipped_model_writes_the_same_text_with_a_real_worker(
     observer = Observer(worker)
     setup = Setup(model, observer, linears=True)
     assert setup.attention is not None
-    assert setup.greedy(tokens) == expected
+    assert setup.greedy(tokens, 16) == expected[:16]
     counters = setup.attention.counters
-    assert counters.products == 25 * model.spec.layers * 2, "two exchanges a layer and pass"
+    assert counters.products == 17 * model.spec.layers * 2, "two exchanges a layer and pass"
     assert (counters.enclave_passes, counters.appends) == (0, 0)
     assert setup.gate.counters.enclave_products == 0
     assert observer.products == counters.products + setup.gate.counters.products

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from cloister.accelerator.cpu import Multiplier
-from cloister.accelerator.operands import RefusedError
+from cloister.accelerator.operands import DEFAULT_OPERAND_BYTES, RefusedError
 from cloister.accelerator.registry import DEFAULT_WEIGHT_BYTES, Registry
 from cloister.errors import (
     AcceleratorError,
@@ -205,13 +205,17 @@ class AcceleratorServer:
     """Serves clients over TCP, each with weights of its own, until it is closed."""
 
     def __init__(
-        self, address: str, open_multiplier: Callable[[], Multiplier], max_weight_bytes: int = DEFAULT_WEIGHT_BYTES
+        self,
+        address: str,
+        open_multiplier: Callable[[], Multiplier],
+        max_weight_bytes: int = DEFAULT_WEIGHT_BYTES,
+        max_operand_bytes: int = DEFAULT_OPERAND_BYTES,
     ) -> None:
         """Listens at `host:port` (port 0: any free one)."""
         host, port = parse_address(address)
         self._multiplier = open_multiplier()
         self._lock = threading.Lock()  # one product at a time: they share the cores
-        self._max_bytes = max_weight_bytes
+        self._limits = max_weight_bytes, max_operand_bytes  # of each client
         try:
             family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
             self._listener = socket.create_server((host, port), family=family, backlog=MAX_CLIENTS)
@@ -261,7 +265,7 @@ class AcceleratorServer:
         self._multiplier.close()
 
     def _serve_client(self, sock: socket.socket) -> None:
-        registry = Registry(self._multiplier, self._max_bytes)
+        registry = Registry(self._multiplier, *self._limits)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while self._serve_one(sock, registry):

@@ -41,9 +41,11 @@ def pair_product(
     if not (left.flags.c_contiguous and right.flags.c_contiguous and out.flags.c_contiguous):
         raise WireError("A product needs contiguous operands and results.", remedy="Copy them first.")
     kernel = pair_rows_transposed if transposed else pair_rows
+    frozen, kept = left.view(), right.view()
+    frozen.flags.writeable = kept.flags.writeable = False  # one kind of array is one compilation
 
     def loop(start: int, stop: int) -> None:
-        kernel(left, right, first, out, start, stop)
+        kernel(frozen, kept, first, out, start, stop)
 
     total = heads * left.shape[1]
     if team is None:

@@ -266,7 +266,9 @@ class KeptRows:
         keys = self._keys, self._check_sums(first) if self.transposed else self._sums
         appended = self.blinded(keep, self.rows) if shape.append else None
         sent = left, pad, scales
-        return BlindedPair(Blinded(left, _MAKER), appended, shape, self.name, self.transposed, sent, kept, keys)
+        shown = left.view()
+        shown.flags.writeable = False  # the check and the recovery read `left` after the accelerator had it
+        return BlindedPair(Blinded(shown, _MAKER), appended, shape, self.name, self.transposed, sent, kept, keys)
 
     def _check_sums(self, first: int) -> Int32[np.ndarray, "checks heads width"]:
         """Returns `v[first:] @ (Y + S)[first:]`: grown by the rows that came, less those that a window left behind."""

@@ -29,6 +29,9 @@ def accelerator(
     max_weight_gib: Annotated[
         float, typer.Option("--max-weights", help="GiB of weights that one client may send.")
     ] = 64.0,
+    max_operand_gib: Annotated[
+        float, typer.Option("--max-operands", help="GiB of blinded keys and values that one client may have kept.")
+    ] = 4.0,
 ) -> None:
     """Serve as an untrusted accelerator for enclaves on other hosts.
 
@@ -39,7 +42,8 @@ def accelerator(
     from cloister.accelerator.remote import AcceleratorServer
 
     chosen = backend_of(device, backend)
-    server = AcceleratorServer(listen, lambda: open_multiplier(chosen, threads), int(max_weight_gib * 2**30))
+    limits = int(max_weight_gib * 2**30), int(max_operand_gib * 2**30)
+    server = AcceleratorServer(listen, lambda: open_multiplier(chosen, threads), *limits)
     stderr().print(f"accelerator at {server.address} ({server.backend}); Ctrl-C ends it")
     try:
         server.serve()

@@ -7,7 +7,8 @@ Guarantees: only `Blinded` rows and public weights reach an accelerator. Every a
 copied into the enclave before it is checked, and nothing computed from it is used unless the check passed. After its
 first failure an accelerator is quarantined: it gets no more work. The numbers are the same, bit for bit, whichever
 accelerator or the enclave computed them.
-Does not cover: shapes and timing, which the accelerator sees; attention, norms and sampling, which never leave.
+Does not cover: shapes and timing, which the accelerator sees; norms and sampling, which never leave; attention, which
+leaves through `Roster.lend_pair` or not at all.
 """
 
 import time
