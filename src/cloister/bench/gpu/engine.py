@@ -23,7 +23,6 @@ from cloister.audit.baselines.w8a8 import PlainGate
 from cloister.bench.gpu.budget import Budget
 from cloister.bench.gpu.shapes import MODELS
 from cloister.bench.gpu.worker import open_link
-from cloister.bench.random_model import random_model
 from cloister.blinding.linear import LentLinear
 from cloister.blinding.pads import PadSource
 from cloister.blinding.pantry import Pantry
@@ -31,6 +30,7 @@ from cloister.enclave.forward import Forward
 from cloister.enclave.kvcache import PagedKVCache
 from cloister.enclave.outsource import Gate
 from cloister.enclave.prepare import EnclaveModel
+from cloister.local.random_model import random_model
 from cloister.settings import AcceleratorSettings, BlindingSettings, Prefill, Settings
 
 WARM_UP: Final = 3

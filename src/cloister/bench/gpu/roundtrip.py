@@ -12,12 +12,12 @@ from cloister.arith.modulus import HALF
 from cloister.arith.team import Team
 from cloister.bench.gpu.timing import device_facts
 from cloister.bench.gpu.worker import open_link
-from cloister.bench.random_model import random_linear
 from cloister.bench.record import Record
 from cloister.blinding.linear import LentLinear
 from cloister.blinding.pads import PadSource
 from cloister.blinding.pantry import Pantry
 from cloister.enclave.outsource import Gate
+from cloister.local.random_model import random_linear
 from cloister.settings import AcceleratorSettings, BlindingSettings, Prefill, Settings
 from cloister.wire.codec import received_rows
 

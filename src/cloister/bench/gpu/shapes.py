@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Final
 
-from cloister.bench.random_model import LLAMA_1_1B, SMOKE
+from cloister.local.random_model import LLAMA_1_1B, SMOKE
 from cloister.model.spec import ModelSpec
 
 LLAMA_2_7B: Final = dataclasses.replace(
