@@ -16,6 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=570.0, help="what is not begun by then is skipped")
     parser.add_argument("--model", default="demo", help="model to check whole, bit for bit: demo, or a folder")
     parser.add_argument("--smoke", action="store_true", help="toy sizes in Triton's interpreter: does it run at all?")
+    parser.add_argument("--tune", type=Path, metavar="FILE", help="instead: measure tile sizes and write a family file")
     options = parser.parse_args(arguments)
     if options.smoke:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
@@ -26,6 +27,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     console = Console(stderr=True)
     try:
+        if options.tune:
+            from cloister.bench.gpu.tune import tune
+
+            tune(options.tune, options.seconds, options.smoke, console)
+            return 0
         from cloister.bench.gpu.run import run
 
         return run(options.out, options.seconds, options.smoke, options.model, console)

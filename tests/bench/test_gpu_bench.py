@@ -1,5 +1,6 @@
 """The GPU benchmark at toy sizes on the CPU: it runs, its figures are those it says, and it ends when it is told to."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,10 +16,14 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from cloister.bench.gpu import baselines, checks, end_to_end, kernels, plot, roundtrip
+from cloister.accelerator.cuda.configurations import family_of, parse_family
+from cloister.accelerator.cuda.products import Products
+from cloister.accelerator.cuda.runtime import InterpreterRuntime
+from cloister.bench.gpu import baselines, checks, end_to_end, kernels, plot, roundtrip, tune
 from cloister.bench.gpu import run as gpu_run
 from cloister.bench.gpu.budget import Budget
 from cloister.bench.gpu.shapes import LLAMA_2_7B, LLAMA_3_8B, LLAMA_70B, MODELS, products
+from cloister.bench.gpu.timing import ClockTimer
 from cloister.bench.record import Record
 
 QUIET = Console(quiet=True)
@@ -182,6 +187,33 @@ def test_without_a_gpu_the_script_says_so_and_writes_nothing(tmp_path: Path) -> 
     assert done.returncode == 2
     assert "No CUDA device" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tuning_writes_a_family_that_wins_for_its_shapes_and_changes_no_bit(tmp_path: Path) -> None:
+    made = tune.tune(tmp_path / "tuned.toml", 60, True, QUIET)
+    read = parse_family("tuned", (tmp_path / "tuned.toml").read_text())
+    assert read == made
+    d_out, d_in = min((d_out, d_in) for d_out, d_in, _ in products(MODELS["smoke"]).values())
+    assert read.for_decode(1, d_out, d_in) in [
+        dataclasses.replace(one, d_out=d_out, d_in=d_in, max_rows=4) for one in tune.decode_candidates(True)
+    ]
+    assert read.for_decode(1, 999, 999) == family_of((9, 0)).decode[0]
+    bench = kernels.KernelBench(InterpreterRuntime(), ClockTimer(), 1)
+    tuned = Products(torch.device("cpu"), read, 4)
+    assert all(bench.agree(tuned, d_out, d_in, rows) for rows in (1, 16, 20))
+
+
+def test_a_candidate_that_is_wrong_or_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = kernels.KernelBench(InterpreterRuntime(), ClockTimer(), 1)
+    candidates = [dataclasses.replace(one, d_out=32, d_in=64, max_rows=4) for one in tune.decode_candidates(True)]
+    monkeypatch.setattr(bench, "agree", lambda *_: False)
+    assert tune._best(bench, family_of((9, 0)), candidates, 1, Budget(60)) == []
+
+    def too_large(*_: object) -> bool:
+        raise RuntimeError("out of resources")
+
+    monkeypatch.setattr(bench, "agree", too_large)
+    assert tune._best(bench, family_of((9, 0)), candidates, 1, Budget(60)) == []
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def random_linear(
 
 
 def _fill(weights: Int8[np.ndarray, " n"], generator: np.random.Generator) -> None:
-    """Overwrites `weights` with uniform levels; large ones repeat a long random stretch, which no cache holds."""
+    """Overwrites `weights` with uniform levels; large ones repeat a long random stretch."""
     stretch = generator.integers(-127, 128, min(weights.size, _STRETCH), np.int8)
     for start in range(0, weights.size, stretch.size):
         piece = weights[start : start + stretch.size]

@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
-from cloister.accelerator.api import Accelerator
+from cloister.accelerator.api import Accelerator, PairAccelerator
 from cloister.accelerator.cpu import open_multiplier
 from cloister.accelerator.cuda.link import GpuLink
 from cloister.accelerator.cuda.multiplier import DeviceBackend, open_cuda
@@ -18,6 +18,7 @@ from cloister.accelerator.inprocess import InProcessAccelerator
 from cloister.accelerator.remote import AcceleratorServer, RemoteAccelerator
 from cloister.arith.digits import split_digits
 from cloister.arith.modulus import HALF
+from cloister.arith.pair import pair_product_reference
 from cloister.arith.product import modular_product_reference
 from cloister.assets import demo_model
 from cloister.bench.gpu.worker import open_link, start_worker
@@ -31,8 +32,9 @@ from cloister.enclave.prepare import EnclaveModel, prepare
 from cloister.errors import AcceleratorLostError, AcceleratorProtocolError, SettingsError
 from cloister.model.directory import open_model
 from cloister.settings import Backend, BlindingSettings, Prefill, Settings, Weights
-from cloister.wire.codec import received_rows
+from cloister.wire.codec import received_pair, received_rows
 from cloister.wire.messages import PublicWeight
+from cloister.wire.pairs import PairShape
 
 SECONDS = 60.0
 SHAPES = ((48, 32), (32, 48), (7, 33))
@@ -182,3 +184,18 @@ def test_contradicting_options_are_refused() -> None:
     assert backend_of(DeviceKind.CPU, Backend.NUMBA) is Backend.NUMBA
     with pytest.raises(SettingsError, match="contradict"):
         backend_of(DeviceKind.CUDA, Backend.TORCH)
+
+
+def test_products_of_two_matrices_go_over_the_socket(rng: np.random.Generator) -> None:
+    link = GpuLink(start_worker({}, backend="numba"))
+    assert isinstance(link, PairAccelerator)
+    shape = PairShape(2, 12, 0, 5, 0, True, 3)
+    words = rng.integers(-HALF, HALF + 1, shape.appended_words + shape.left_words, dtype=np.int32)
+    kept = words[: shape.appended_words].reshape(2, 5, 12)
+    left = words[shape.appended_words :].reshape(2, 3, shape.d_in)
+    answer = link.multiply_pair(received_pair(words, 1, shape), SECONDS)
+    np.testing.assert_array_equal(answer, pair_product_reference(left, kept, True))
+    link.release(1, SECONDS)
+    with pytest.raises(AcceleratorProtocolError, match="not kept"):
+        link.multiply_pair(received_pair(words[: shape.left_words], 1, PairShape(2, 12, 5, 0, 0, True, 3)), SECONDS)
+    link.close()

@@ -6,7 +6,7 @@ from typing import Any, Final
 import torch
 from rich.console import Console
 
-from cloister.accelerator.cuda.configurations import family_of
+from cloister.accelerator.cuda.configurations import DECODE_ROWS, family_of
 from cloister.accelerator.cuda.products import Products, ResidentWeight
 from cloister.accelerator.cuda.runtime import Runtime
 from cloister.arith.modulus import HALF
@@ -85,15 +85,24 @@ class KernelBench:
         seconds = self._timer.seconds([lambda: _ignore(torch._int_mm(x, w, out=out))], self.repeats)
         return 2.0 * rows * d_in * d_out / seconds
 
-    def seconds(self, d_out: int, d_in: int, rows: int) -> float:
-        """Returns the time of one product, its weights and rows not in any cache."""
+    def agree(self, other: Products, d_out: int, d_in: int, rows: int) -> bool:
+        """Returns whether `other` gives the same product as this device's own configuration."""
+        weight, x = self._weight(d_out, d_in), self._integers(-HALF, HALF, (rows, d_in), torch.int32)
+        results = [torch.full((rows, d_out), -(2**31), dtype=torch.int32, device=self._device) for _ in range(2)]
+        for one, out in zip((self.products, other), results, strict=True):
+            one.multiply(weight, x, out)
+        return bool(torch.equal(*results))
+
+    def seconds(self, d_out: int, d_in: int, rows: int, tried: Products | None = None) -> float:
+        """Returns the time of one product, its weights and rows not in any cache; `tried`: instead of the own products."""
+        used = tried or self.products
         copies = 1 + CACHE_MULTIPLE * cache_bytes(self._device) // (d_out * d_in)
         x = self._integers(-HALF, HALF, (rows, d_in), torch.int32)
         weights = [self._weight(d_out, d_in) for _ in range(copies)]
         out = torch.empty((rows, d_out), dtype=torch.int32, device=self._device)
         for weight in weights:
-            self.products.reserve(weight)
-        actions = [lambda weight=weight: self.products.multiply(weight, x, out) for weight in weights]
+            used.reserve(weight, min(rows, DECODE_ROWS))
+        actions = [lambda weight=weight: used.multiply(weight, x, out) for weight in weights]
         return self._timer.seconds(actions, self.repeats)
 
     def decode(self, d_out: int, d_in: int, rows: int, copy: float) -> dict[str, Any]:
