@@ -5,14 +5,16 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import cloister
 from cloister.attest.measure import Measurement, Part, Subject, measure, required_distributions, this_program
 from cloister.errors import AttesterError
-from cloister.settings import AcceleratorSettings, BlindingSettings, CacheSettings, Settings
+from cloister.settings import PlanSettings, Settings
 
 
 @pytest.fixture
@@ -103,28 +105,44 @@ def test_one_changed_byte_of_a_dependency_changes_the_digest(
     assert measure(subject).digest != before
 
 
+def another(value: Any) -> Any:
+    """Returns another allowed value of a setting."""
+    if isinstance(value, StrEnum):
+        return next(member for member in type(value) if member is not value)
+    changes: dict[type, Callable[[Any], Any]] = {
+        bool: lambda old: not old,
+        int: lambda old: old + 1,
+        float: lambda old: old / 2 or 1.0,
+        str: lambda old: old + "x",
+        tuple: lambda old: (*old, "host:1"),
+    }
+    return changes[type(value)](value)
+
+
 def test_every_setting_changes_the_digest(subject: Subject) -> None:
     """Each field of each settings record, changed alone."""
-    changes = {
-        BlindingSettings: {"weights": "int8x2", "placement": "enclave", "checks": 2, "pantry_bytes": 1}
-        | {"when_empty": "wait", "prefill": "enclave", "shape_hiding": 16},
-        AcceleratorSettings: {"addresses": ("a:1",), "workers": 2, "backend": "torch", "threads": 1}
-        | {"timeout_seconds": 1.0, "on_failure": "stop"},
-        CacheSettings: {"max_context": 1, "page_tokens": 32},
-    }
     seen = {measure(subject).digest}
     count = 1
     for field in dataclasses.fields(Settings):
         record = getattr(subject.settings, field.name)
-        for name in (inner.name for inner in dataclasses.fields(record)):
-            hint = type(getattr(record, name))
-            value = hint(changes[type(record)][name])
-            settings = dataclasses.replace(
-                subject.settings, **{field.name: dataclasses.replace(record, **{name: value})}
-            )
-            seen.add(measure(dataclasses.replace(subject, settings=settings)).digest)
+        for inner in dataclasses.fields(record):
+            changed = dataclasses.replace(record, **{inner.name: another(getattr(record, inner.name))})
+            settings = dataclasses.replace(subject.settings, **{field.name: changed})
+            seen.add(measure(dataclasses.replace(subject, settings=settings, dependencies=())).digest)
             count += 1
-    assert len(seen) == count
+    assert len(seen) == count > 15
+
+
+def test_the_rules_that_the_settings_name_are_measured_wherever_they_lie(tmp_path: Path) -> None:
+    digests = []
+    for folder, content in (("a", "x"), ("b", "x"), ("b", "y")):
+        rules = tmp_path / folder / "rules.toml"
+        rules.parent.mkdir(exist_ok=True)
+        rules.write_text(content)
+        settings = dataclasses.replace(Settings(), plan=PlanSettings(rules=str(rules)))
+        narrow = dataclasses.replace(this_program(settings), dependencies=(), library=None)
+        digests.append(measure(narrow).digest)
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_a_sealed_models_root_stands_for_the_model(subject: Subject) -> None:

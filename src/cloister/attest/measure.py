@@ -132,7 +132,9 @@ class Subject:
         """Yields what is measured and is not a file, and what there is none of."""
         flags = sorted((name, getattr(sys.flags, name)) for name in ("isolated", "optimize", "dont_write_bytecode"))
         yield _item(Part.INTERPRETER, "version", f"{sys.implementation.name} {sys.version} {flags}".encode())
-        yield _item(Part.SETTINGS, "effective", msgspec.json.encode(asdict(self.settings), order="sorted"))
+        settings = asdict(self.settings)
+        settings["plan"]["rules"] = Path(self.settings.plan.rules).name  # where the file lies does not matter
+        yield _item(Part.SETTINGS, "effective", msgspec.json.encode(settings, order="sorted"))
         if self.lock is None:
             yield _item(Part.LOCK, "(none)", b"")
         if self.plan is None:
@@ -146,11 +148,16 @@ class Subject:
 def this_program(
     settings: Settings, plan: Path | None = None, model: Path | bytes | None = None, lock: Path | None = None
 ) -> Subject:
-    """Returns the running program as what is to be measured; without `lock`, the one of a source checkout if there is one."""
+    """Returns the running program as what is to be measured.
+
+    Without `lock`, the lock file of a source checkout if there is one; without `plan`, the rules that the settings name.
+    """
     package = Path(__file__).resolve().parent.parent
     if lock is None:
         beside = package.parent.parent / "requirements" / "run.lock"
         lock = beside if beside.is_file() else None
+    if plan is None and settings.plan.rules:
+        plan = Path(settings.plan.rules)
     return Subject(
         package=package,
         dependencies=required_distributions("cloister"),
