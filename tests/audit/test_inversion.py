@@ -50,14 +50,14 @@ def test_an_embedding_probe_undoes_a_linear_map_even_for_tokens_that_it_never_sa
     rotation = np.linalg.qr(world.rng.normal(size=(HIDDEN, HIDDEN)))[0]
     rows = world.embeddings @ rotation / np.linalg.norm(world.embeddings, axis=1, keepdims=True)
     seen = np.arange(VOCAB - 10)
-    probe = EmbeddingProbe.fit(rows[seen], seen, VocabularySearch.over(world.embeddings), 1e-3)
+    (probe,) = EmbeddingProbe.fit(rows[seen], seen, VocabularySearch.over(world.embeddings), [1e-3])
     np.testing.assert_array_equal(probe.guess(rows), np.arange(VOCAB))
 
 
 def test_a_token_probe_finds_tokens_whatever_their_rows_have_to_do_with_embeddings(world: World) -> None:
     places = world.rng.normal(size=(VOCAB, 40)).astype(np.float32)
     rows = places[world.tokens] + 0.3 * world.rng.normal(size=(len(world.tokens), 40))
-    probe = TokenProbe.fit(rows[:KNOWN], world.tokens[:KNOWN], 1e-3)
+    (probe,) = TokenProbe.fit(rows[:KNOWN], world.tokens[:KNOWN], [1e-3])
     assert (probe.guess(rows[KNOWN:]) == world.tokens[KNOWN:]).mean() > 0.9
     assert world.attack(rows).attack == "token probe"
 
@@ -65,7 +65,7 @@ def test_a_token_probe_finds_tokens_whatever_their_rows_have_to_do_with_embeddin
 def test_a_frequent_token_wins_where_rows_overlap(world: World) -> None:
     tokens = np.repeat([7, 3], [900, 100])
     rows = world.rng.normal([0, 0, 30], [1, 1, 0.1], (1000, 3))
-    assert (TokenProbe.fit(rows, tokens, 1e-3).guess(rows) == 7).mean() > 0.95
+    assert (TokenProbe.fit(rows, tokens, [1e-3])[0].guess(rows) == 7).mean() > 0.95
 
 
 @pytest.mark.parametrize("first_layer", [False, True])
@@ -85,7 +85,7 @@ def test_rows_of_zeros_tell_nothing(world: World) -> None:
 def test_rows_longer_than_the_probe_takes_are_projected(world: World) -> None:
     width = MOST_FEATURES + 500
     places = world.rng.normal(size=(VOCAB, width)).astype(np.float32)
-    probe = TokenProbe.fit(places[world.tokens[:300]], world.tokens[:300], 1e-1)
+    (probe,) = TokenProbe.fit(places[world.tokens[:300]], world.tokens[:300], [1e-1])
     assert probe.weights.shape[0] == MOST_FEATURES + 1
     kinds = np.unique(world.tokens[:300])
     np.testing.assert_array_equal(probe.guess(places[kinds]), kinds)

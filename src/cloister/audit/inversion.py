@@ -79,13 +79,13 @@ class EmbeddingProbe:
         rows: Shaped[np.ndarray, "rows d_in"],
         tokens: Int64[np.ndarray, " rows"],
         search: VocabularySearch,
-        penalty: float,
-    ) -> "EmbeddingProbe":
-        """Returns the probe that minimises squared error plus `penalty`; `search` is over embeddings."""
-        features = _features(rows).astype(np.float64)
-        targets = search.candidates[tokens].astype(np.float64)
-        weights = np.linalg.solve(_ridged(features.T @ features, penalty), features.T @ targets)
-        return EmbeddingProbe(weights.astype(np.float32), search)
+        penalties: Sequence[float],
+    ) -> "list[EmbeddingProbe]":
+        """Returns the probe that minimises squared error plus each penalty; `search` is over embeddings."""
+        features = _features(rows)
+        gram, moments = features.T @ features, features.T @ search.candidates[tokens]
+        weights = [np.linalg.solve(_ridged(gram, penalty), moments) for penalty in penalties]
+        return [EmbeddingProbe(solution.astype(np.float32), search) for solution in weights]
 
     def guess(self, rows: Shaped[np.ndarray, "rows d_in"]) -> Int64[np.ndarray, " rows"]:
         """Returns the token whose embedding is nearest to the predicted one for each row."""
@@ -102,17 +102,24 @@ class TokenProbe:
     name: str = "token probe"
 
     @staticmethod
-    def fit(rows: Shaped[np.ndarray, "rows d_in"], tokens: Int64[np.ndarray, " rows"], penalty: float) -> "TokenProbe":
-        """Returns the discriminant of the tokens that occur, its covariance ridged by `penalty`."""
-        features = _features(rows)[:, :-1].astype(np.float64)
+    def fit(
+        rows: Shaped[np.ndarray, "rows d_in"], tokens: Int64[np.ndarray, " rows"], penalties: Sequence[float]
+    ) -> "list[TokenProbe]":
+        """Returns the discriminant of the tokens that occur, its covariance ridged by each penalty."""
+        features = _features(rows)[:, :-1]
         kinds, kind = np.unique(tokens, return_inverse=True)
         counts = np.bincount(kind)
         order = np.argsort(kind, kind="stable")
         means = np.add.reduceat(features[order], np.cumsum(counts) - counts, axis=0) / counts[:, None]
         rest = features - means[kind]
-        slopes = np.linalg.solve(_ridged(rest.T @ rest / len(tokens), penalty), means.T)
-        offsets = np.log(counts / len(tokens)) - 0.5 * (means.T * slopes).sum(axis=0)
-        return TokenProbe(kinds.astype(np.int64), np.concatenate([slopes, offsets[None, :]]).astype(np.float32))
+        covariance = rest.T @ rest / len(tokens)
+        probes = []
+        for penalty in penalties:
+            slopes = np.linalg.solve(_ridged(covariance, penalty), means.T)
+            offsets = np.log(counts / len(tokens)) - 0.5 * (means.T * slopes).sum(axis=0)
+            weights = np.concatenate([slopes, offsets[None, :]]).astype(np.float32)
+            probes.append(TokenProbe(kinds.astype(np.int64), weights))
+        return probes
 
     def guess(self, rows: Shaped[np.ndarray, "rows d_in"]) -> Int64[np.ndarray, " rows"]:
         """Returns the most likely of the known tokens for each row."""
@@ -197,9 +204,8 @@ def _best_attack(
     count = max(1, len(tokens) // HELD_OUT)
     train, choose = slice(0, len(tokens) - count), slice(len(tokens) - count, len(tokens))
     attacks: list[Attack] = [dictionary.by_input] if first_layer else []
-    for penalty in PENALTIES:
-        attacks.append(EmbeddingProbe.fit(rows[train], tokens[train], dictionary.by_embedding, penalty))
-        attacks.append(TokenProbe.fit(rows[train], tokens[train], penalty))
+    attacks += EmbeddingProbe.fit(rows[train], tokens[train], dictionary.by_embedding, PENALTIES)
+    attacks += TokenProbe.fit(rows[train], tokens[train], PENALTIES)
     return max(attacks, key=lambda attack: int((attack.guess(rows[choose]) == tokens[choose]).sum()))
 
 
@@ -214,8 +220,9 @@ def _features(rows: np.ndarray) -> Float32[np.ndarray, "rows features"]:
 
 def _ridged(gram: np.ndarray, penalty: float) -> np.ndarray:
     """Returns `gram` with `penalty` of its mean diagonal added to the diagonal (and a little, for one that is zero)."""
-    width = gram.shape[0]
-    return gram + (penalty * float(np.trace(gram)) / width + 1e-6) * np.eye(width)
+    ridged = gram.astype(np.float64)
+    ridged[np.diag_indices_from(ridged)] += penalty * float(np.trace(ridged)) / len(ridged) + 1e-6
+    return ridged
 
 
 def _arg_largest(rows: np.ndarray, columns: np.ndarray) -> Int64[np.ndarray, " rows"]:
