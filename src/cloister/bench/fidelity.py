@@ -3,12 +3,10 @@
 The products are computed here rather than lent: the numbers are the same bit for bit (a test holds them equal).
 """
 
-import math
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from jaxtyping import Float32
 from rich.console import Console
 
 from cloister.arith.team import Team
@@ -22,6 +20,7 @@ from cloister.enclave.outsource import Gate
 from cloister.enclave.prepare import prepare
 from cloister.enclave.release import Release
 from cloister.model.directory import ModelDirectory, open_model
+from cloister.model.divergence import cross_entropy, kl, perplexity, token_windows
 from cloister.model.llama import Llama
 from cloister.settings import BlindingSettings, Settings, Weights
 
@@ -37,7 +36,7 @@ def run(model: str, text: Path | None, smoke: bool, console: Console) -> Record:
     path = demo_model() if model == "demo" else Path(model)
     directory = open_model(path)
     content = (text or demo_model() / "heldout.txt").read_text(encoding="utf-8")
-    windows = token_windows(directory, content, 3 if smoke else 10**9)
+    windows = token_windows(directory.tokenizer.encode(content), WINDOW, 3 if smoke else 10**9)
     console.print(f"{len(windows)} windows of {WINDOW} tokens; float32 ...")
     oracle = Llama(directory.spec, directory.checkpoint)
     expected = [oracle.forward(window) for window in windows]
@@ -92,34 +91,3 @@ def quantised(directory: ModelDirectory, weights: Weights) -> Forward:
     model = prepare(directory.checkpoint, spec, settings.blinding, source, team=team)
     gate = Gate(model.linears, [], Pantry(model.linears, 0, source), settings, team=team)
     return Forward(model, gate, PagedKVCache(spec.layers, spec.kv_heads, spec.head_dim, 16, WINDOW))
-
-
-def token_windows(directory: ModelDirectory, content: str, most: int) -> list[list[int]]:
-    """Returns whole windows of the text's tokens, at most `most`."""
-    tokens = directory.tokenizer.encode(content)
-    count = min(most, len(tokens) // WINDOW)
-    return [tokens[i * WINDOW : (i + 1) * WINDOW] for i in range(count)]
-
-
-def log_softmax(logits: Float32[np.ndarray, "tokens vocab"]) -> np.ndarray:
-    """Returns log-probabilities in float64."""
-    wide = logits.astype(np.float64)
-    shifted = wide - wide.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-
-
-def cross_entropy(logits: Float32[np.ndarray, "tokens vocab"], tokens: list[int]) -> float:
-    """Returns the mean negative log-likelihood of each token after the first, in nats."""
-    scores = log_softmax(logits[:-1])
-    return float(-scores[np.arange(len(tokens) - 1), tokens[1:]].mean())
-
-
-def perplexity(losses: list[float]) -> float:
-    """Returns exp of the mean loss of windows of equal length."""
-    return math.exp(sum(losses) / len(losses))
-
-
-def kl(expected: Float32[np.ndarray, "tokens vocab"], actual: Float32[np.ndarray, "tokens vocab"]) -> float:
-    """Returns the mean KL divergence of `actual` from `expected`, in nats per token."""
-    p, q = log_softmax(expected), log_softmax(actual)
-    return float((np.exp(p) * (p - q)).sum(axis=1).mean())

@@ -20,6 +20,7 @@ from cloister.cli import (
     measure,
     plan,
     seal,
+    slice,
     verify,
 )
 from cloister.cli.display import stderr
@@ -41,6 +42,7 @@ app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("plan")(plan.plan)
+app.command("slice")(slice.slice_)
 app.command("demo")(demo.demo)
 app.command("accelerator")(accelerator.accelerator)
 app.command("verify")(verify.verify)

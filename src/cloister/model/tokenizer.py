@@ -95,6 +95,11 @@ class Tokenizer:
                 pieces[token] = piece
         return pieces
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The number of every token, added ones included."""
+        return dict(self._fast.get_vocab(with_added_tokens=True))
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Returns the tokens of `text`; with `add_special_tokens`, also those that the model wants around any text.
 
