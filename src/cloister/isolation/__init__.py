@@ -1,0 +1,1 @@
+"""Confines the processes of one host: namespaces, Landlock, seccomp, memory for keys that nobody else can map."""

@@ -1,0 +1,73 @@
+"""Wraps a command in bubblewrap: a file system with nothing in it but what is named, no network, no other processes.
+
+Covers: the command line. Guarantees: nothing is found by a search path that the environment sets; without bubblewrap the caller
+is told, and confines the process from inside instead. Does not cover: set-user-id installations of bubblewrap, which are not used.
+"""
+
+import os
+import stat
+import subprocess
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from cloister.isolation.confinement import (
+    GPU_FILES,
+    SYSTEM_FILES,
+    WRITABLE_DEVICES,
+    Confinement,
+    gpu_devices,
+    interpreter_files,
+)
+
+PLACES: Final = ("/usr/bin/bwrap", "/usr/local/bin/bwrap")
+
+
+@cache
+def find() -> Path | None:
+    """Returns a bubblewrap that works here, or None."""
+    for place in map(Path, PLACES):
+        try:
+            status = place.stat()
+            if status.st_uid != 0 or status.st_mode & (stat.S_ISUID | stat.S_IWOTH | stat.S_IWGRP):
+                continue
+            trial = [str(place), "--unshare-all", "--ro-bind", "/", "/", "--", "/bin/true"]
+            if subprocess.run(trial, capture_output=True, timeout=10, check=False, env={}).returncode == 0:
+                return place
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+    return None
+
+
+def wrapped(program: Path, command: list[str], confinement: Confinement, environment: Mapping[str, str]) -> list[str]:
+    """Returns the command line that runs `command` in its own small file system."""
+    line = [str(program), "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
+    if confinement.connect:
+        line.append("--share-net")
+    for name, value in environment.items():
+        line += ["--setenv", name, value]
+    line += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]  # noqa: S108 - a private one
+    for path in _outermost([*map(Path, SYSTEM_FILES), *interpreter_files(), *map(Path, confinement.read)]):
+        line += _link_or_bind(path)
+    for folder in confinement.write:
+        line += ["--bind", folder, folder]
+    if confinement.gpu:
+        for device in gpu_devices():
+            line += ["--dev-bind", str(device), str(device)]
+        for file in GPU_FILES:
+            line += ["--ro-bind-try", file, file]
+    return [*line, "--", *command]
+
+
+def _outermost(paths: list[Path]) -> list[Path]:
+    """Returns the paths without those below another, and without what bubblewrap makes itself."""
+    made = ("/proc", "/dev", *WRITABLE_DEVICES)
+    wanted = sorted({path for path in paths if not str(path).startswith(made) and os.path.lexists(path)})
+    return [path for path in wanted if not any(other in path.parents for other in wanted)]
+
+
+def _link_or_bind(path: Path) -> list[str]:
+    if path.is_symlink() and len(path.parts) == 2:  # /lib -> usr/lib on merged systems
+        return ["--symlink", str(path.readlink()), str(path)]
+    return ["--ro-bind", str(path), str(path)]

@@ -1,0 +1,59 @@
+"""A seccomp filter: system calls that a confined process never needs fail with EPERM, in all its threads, for good.
+
+Covers: a list of names; programs of another architecture or of the x32 interface, which are ended.
+Does not cover: arguments, but for the family of a socket. Source: Linux, userspace-api/seccomp_filter; classic BPF.
+"""
+
+import ctypes
+import struct
+from collections.abc import Iterable
+from typing import Final
+
+from cloister.isolation import kernel
+
+ALWAYS: Final = (
+    "ptrace", "process_vm_readv", "process_vm_writev", "pidfd_getfd", "kcmp", "bpf", "perf_event_open", "userfaultfd",
+    "kexec_load", "init_module", "finit_module", "mount", "umount2", "move_mount", "fsopen", "open_tree", "pivot_root", "chroot",
+    "setns", "unshare", "add_key", "request_key", "keyctl", "io_uring_setup", "open_by_handle_at", "reboot", "swapon", "acct",
+)  # fmt: skip
+"""Denied to every confined process: reading others, changing the kernel or the name spaces, ways around the filter."""
+
+EXECUTE: Final = ("execve", "execveat")
+NETWORK: Final = ("socket", "connect", "bind", "listen")
+
+_ALLOW: Final = 0x7FFF0000
+_DENY: Final = 0x00050001  # EPERM
+_KILL: Final = 0x80000000
+_LOAD: Final = 0x20
+_EQUAL: Final = 0x15
+_AT_LEAST: Final = 0x35
+_RETURN: Final = 0x06
+_X32: Final = 0x40000000
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+
+
+def deny(names: Iterable[str]) -> None:
+    """Makes these system calls fail with EPERM from now on; needs no new privileges to have been set.
+
+    Raises:
+        OSError: the kernel refuses, or this processor is not known.
+    """
+    audit, numbers = kernel.architecture()
+    denied = sorted({numbers[name] for name in names if name in numbers})
+    last = len(denied)
+    steps = [
+        (_LOAD, 0, 0, 4),
+        (_EQUAL, 1, 0, audit),
+        (_RETURN, 0, 0, _KILL),
+        (_LOAD, 0, 0, 0),
+        (_AT_LEAST, last + 1, 0, _X32),
+        *((_EQUAL, last - at, 0, number) for at, number in enumerate(denied)),
+        (_RETURN, 0, 0, _ALLOW),
+        (_RETURN, 0, 0, _DENY),
+    ]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("<HBBI", *step) for step in steps))
+    program = _Program(len(steps), ctypes.addressof(code))
+    kernel.syscall("seccomp", ctypes.c_uint(1), ctypes.c_uint(1), ctypes.byref(program))
