@@ -181,7 +181,7 @@ def test_log_probabilities_of_a_completion_have_a_chats_form() -> None:
     from cloister.gateway.completions import chat_logprobs
 
     made = chat_logprobs({"tokens": ["a"], "token_logprobs": [-1.0], "top_logprobs": [{"b": -2.0}]})
-    assert made["content"][0]["token"] == "a"
+    assert made["content"][0]["bytes"] == [97]
     assert made["content"][0]["top_logprobs"] == [{"token": "b", "logprob": -2.0, "bytes": [98]}]
 
 

@@ -54,7 +54,9 @@ WITH_TOOLS = {
         *EVERYTHING["messages"],
         {
             "role": "assistant",
-            "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "pay", "arguments": '{"sum": 45200, "to": "Quandry"}'}}],
+            "tool_calls": [
+                {"id": "c1", "type": "function", "function": {"name": "pay", "arguments": '{"sum": 45200, "to": "Quandry"}'}}
+            ],
         },
         {"role": "tool", "tool_call_id": "c1", "content": "Paid 45,200 to Zorblax Quandry."},
     ],
@@ -64,7 +66,10 @@ WITH_TOOLS = {
             "function": {
                 "name": "pay",
                 "description": "Pays for bluebird.",
-                "parameters": {"type": "object", "properties": {"to": {"enum": ["Quandry"], "default": "Quandry", "type": "string"}}},
+                "parameters": {
+                    "type": "object",
+                    "properties": {"to": {"enum": ["Quandry"], "default": "Quandry", "type": "string"}},
+                },
             },
         }
     ],

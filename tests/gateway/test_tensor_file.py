@@ -74,8 +74,8 @@ def test_rows_share_no_memory_with_the_table(demo_model: ModelDirectory) -> None
 
 def test_the_gateway_imports_no_torch() -> None:
     code = (
-        "import cloister.gateway.service, cloister.gateway.protect, cloister.gateway.vllm_engine, cloister.gateway.enclave_engine,"
-        "cloister.gateway.text_engine, cloister.server.app, cloister.cli.main, sys;"
+        "import cloister.gateway.service, cloister.gateway.protect, cloister.gateway.vllm_engine, sys;"
+        "import cloister.gateway.enclave_engine, cloister.gateway.text_engine, cloister.server.app, cloister.cli.main;"
         "print([m for m in ('torch', 'transformers', 'spacy', 'dp_accounting') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()

@@ -97,7 +97,7 @@ def gateway(
 
 
 def test_answers_through_the_gateway_equal_those_of_vllm_itself(gateway: tuple[openai.OpenAI, str], vllm: str) -> None:
-    client, transport = gateway
+    client, _ = gateway
     with openai.OpenAI(base_url=f"{vllm}/v1", api_key="none") as direct:
         expected = direct.completions.create(model="stories", prompt=PROMPT, logprobs=1, **GREEDY)  # type: ignore[call-overload]
         chat = [{"role": "user", "content": "Tell me a story about a fox and a kite."}]

@@ -210,7 +210,7 @@ class Ledger:
             LedgerError: it cannot be written; nothing may be sent.
         """
         spans = sum(entry.charge.count for entry in entries)
-        with _explained(self.path), self._transaction():
+        with _explained(self.path), self._transaction(durable=bool(entries)):
             row = self._db.execute("SELECT budget, rule, most FROM sessions WHERE name = ?", (session,)).fetchone()
             if row is None:
                 raise LedgerError(f"There is no session {session!r} in {self.path}.", remedy="Open it first.")
@@ -291,7 +291,9 @@ class Ledger:
         return [Entry(kind, Charge(Cost(epsilon, rho), count, bool(ours))) for kind, epsilon, rho, ours, count in rows]
 
     @contextlib.contextmanager
-    def _transaction(self, kind: str = "IMMEDIATE") -> Iterator[None]:
+    def _transaction(self, kind: str = "IMMEDIATE", *, durable: bool = True) -> Iterator[None]:
+        """Commits what is done inside; `durable` waits for the disk. A prompt that spends nothing need not wait."""
+        self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         self._db.execute(f"BEGIN {kind}")
         try:
             yield

@@ -7,7 +7,6 @@ Key and table live in memory only; `forget` drops both.
 Does not cover: a restart. It draws anew and the ledger charges anew, since two draws do tell more than one.
 """
 
-import hashlib
 import hmac
 import os
 from dataclasses import dataclass
@@ -30,10 +29,17 @@ class Memo:
         self._key = os.urandom(32)
         self._table: dict[bytes, Remembered] = {}
         self._used: set[str] = set()
+        self._seen: set[int] = set()  # Python's keyed hashes, 64 bits, of this process
 
     def tag(self, label: Label, span: str) -> bytes:
         """Returns the key of a span: equal for equal spans, whatever their case and blanks."""
-        return hmac.digest(self._key, f"{type(label).__name__}\0{normalised(span)}".encode(), hashlib.sha256)
+        plain = normalised(span)
+        self._seen.add(hash(plain))
+        return hmac.digest(self._key, f"{type(label).__name__}\0{plain}".encode(), "sha256")
+
+    def may_hold(self, span: str) -> bool:
+        """Returns False only if no such span was ever tagged: a quick look before the HMAC."""
+        return hash(normalised(span)) in self._seen
 
     def get(self, tag: bytes) -> Remembered | None:
         """Returns what was drawn for a span, if it was."""

@@ -44,6 +44,7 @@ DATE: Final = re.compile(
 NUMBER: Final = re.compile(
     r"(?<![\w.])\d{1,3}(?:,\d{3}){1,5}(?:\.\d{1,6})?(?!\w)|(?<![\w.])\d{1,18}(?:[.,]\d{1,6})?(?!\d)"
 )
+_DIGIT: Final = re.compile(r"\d")
 ORDINAL: Final = re.compile(r"^(?:st|nd|rd|th)\b", re.IGNORECASE)
 
 
@@ -67,9 +68,13 @@ class Patterns:
             yield Finding(match.start(1), match.start(1) + len(match.group(1).rstrip(".!?)")), Format.KEY)
         for match in KEY.finditer(text):
             yield Finding(match.start(), match.start() + len(match.group().rstrip(".=,;")), Format.KEY)
-        yield from _all(EMAIL, text, Format.EMAIL)
+        if "@" in text:
+            yield from _all(EMAIL, text, Format.EMAIL)
         for match in URL.finditer(text):
             yield Finding(match.start(), match.start() + len(match.group().rstrip(".,;:!?)]}")), Format.URL)
+        if not _DIGIT.search(text):
+            yield from _all(ADDRESS, text, Format.ADDRESS)  # the only one that can do without digits
+            return
         yield from (found for found in _all(IBAN, text, Format.IBAN) if iban_is_valid(text[found.start : found.stop]))
         dates = [match.span() for match in DATE.finditer(text)]
         yield from (found for found in _all(CARD, text, Format.CARD) if luhn_is_valid(text[found.start : found.stop]))

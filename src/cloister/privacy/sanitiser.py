@@ -120,7 +120,7 @@ class Sanitiser:
             extra = []
             for match in WORD.finditer(text):
                 start, span = match.start(), POSSESSIVE.sub("", match.group())
-                if any(covered[start : start + len(span)]) or is_stop_word(span):
+                if covered[start] or not self._memo.may_hold(span) or any(covered[start : start + len(span)]):
                     continue
                 tag = self._memo.tag(Kind.WORD, span)
                 remembered = self._memo.get(tag)

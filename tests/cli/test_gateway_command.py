@@ -1,0 +1,57 @@
+"""`cloister gateway` and `cloister ledger` as commands: what they refuse, and what they print."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cloister.assets import demo_model
+from cloister.privacy.accounting import Charge, pure
+from cloister.privacy.ledger import Entry, Ledger
+
+pytest.importorskip("dp_accounting", reason="dp-accounting (the extra `gateway`) is not installed")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cloister", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+GATEWAY = ("gateway", "--model", str(demo_model()), "--port", "0", "--detectors", "rules")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--engine", "gpu-host"), "http://HOST:PORT"),
+        (("--engine", "http://127.0.0.1:9", "--epsilon", "0"), "--epsilon is '0'"),
+        (("--engine", "http://127.0.0.1:9", "--host", "192.0.2.1"), "--key-file"),
+        (("--engine", "http://127.0.0.1:9"), "cloister candidates build"),
+    ],
+)
+def test_the_gateway_says_what_is_missing(arguments: tuple[str, ...], says: str) -> None:
+    done = run(*GATEWAY, *arguments)
+    assert done.returncode == 1
+    assert says in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_the_ledger_is_shown_as_tables_and_as_json(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    ledger = Ledger.open(path)
+    ledger.open_session("letters", 16.0, pure(2.0), "detected; rules")
+    ledger.charge("letters", [Entry("city", Charge(pure(2.0), 3))], repeated=1, pseudonyms=2)
+    ledger.close()
+    shown = run("ledger", "--ledger", str(path), "--session", "letters")
+    assert shown.returncode == 0
+    for expected in ("letters", "3 city at 2", "Adjacency:", "policy LDP", "conditional on the detected positions"):
+        assert expected in " ".join(shown.stdout.split())
+    (record,) = json.loads(run("ledger", "--ledger", str(path), "--json").stdout)
+    assert record["spent"]["basic"] == pytest.approx(6.0)
+    assert 0 < record["spent"]["epsilon"] <= record["spent"]["basic"]
+    absent = run("ledger", "--ledger", str(tmp_path / "none.db"))
+    assert absent.returncode == 1
+    assert "no ledger" in absent.stderr
