@@ -72,7 +72,7 @@ fuzz: $(VENV)/.dev ## fuzz the attestation parsers for a minute each (needs the 
 
 lock: $(VENV)/.dev ## recompute the lock files
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes -q -o requirements/run.lock
-	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes -q -o requirements/dev.lock
+	$(BIN)/uv pip compile pyproject.toml --extra dev --excludes requirements/excludes.txt --universal --python-version 3.11 --generate-hashes -q -o requirements/dev.lock
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis

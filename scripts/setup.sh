@@ -25,7 +25,7 @@ fi
 
 pip="$venv/bin/python -m pip --disable-pip-version-check"
 echo "Installing the locked dependencies ($what) ..."
-$pip install --quiet --require-hashes -r "requirements/$what.lock"
+$pip install --quiet --no-deps --require-hashes -r "requirements/$what.lock"
 if [ "$what" = dev ]; then
     sh scripts/install_torch.sh "$venv/bin/python"
 fi
