@@ -27,7 +27,7 @@ def run(*arguments: str, stdin: str = "", code: int = 0) -> subprocess.Completed
     return done
 
 
-@pytest.mark.parametrize("command", [[], ["chat"], ["generate"], ["inspect"], ["demo"], ["accelerator"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["chat"], ["generate"], ["inspect"], ["demo"], ["accelerator"], ["bench"], ["plan"], ["slice"]])
 def test_help_teaches(command: list[str]) -> None:
     out = run(*command, "--help").stdout
     assert "Usage" in out
