@@ -202,3 +202,8 @@ def _costs(cost: "Prediction") -> None:
         f"{human_bytes(cost.bytes_crossing)} cross and {human_bytes(cost.pad_bytes)} of pads a token; "
         f"{human_bytes(cost.enclave_weight_bytes)} of weights in the enclave."
     )
+    if cost.lent_attention_seconds:
+        stdout().print(
+            f"Of each token, {1e3 * cost.lent_attention_seconds:.2f} ms are what lending QK^T and AV adds to computing them in "
+            "the enclave: taking the pads off costs more than the products (docs/masked_attention.md)."
+        )

@@ -28,7 +28,7 @@ def run() -> int:
     """Confines this process, then runs the module; returns its exit code."""
     text, module, *arguments = sys.argv[1:]
     if module not in _ALLOWED:
-        print(f"{module} is not started this way.", file=sys.stderr)
+        sys.stderr.write(f"{module} is not started this way.\n")
         return 2
     made = confine(Confinement.decode(text))
     setattr(sys.modules["__main__"], "_APPLIED", made)  # noqa: B010 - for applied()

@@ -20,12 +20,13 @@ from cloister.audit.baselines.w8a8 import PlainGate
 from cloister.blinding.linear import LentLinear, Linear
 from cloister.blinding.pads import PadSource
 from cloister.blinding.pantry import Pantry
-from cloister.enclave.forward import Forward
+from cloister.enclave.forward import Attention, Forward
 from cloister.enclave.kvcache import PagedKVCache
-from cloister.enclave.outsource import Gate
+from cloister.enclave.masked_attention import MaskedAttention
+from cloister.enclave.outsource import Gate, Roster
 from cloister.enclave.prepare import EnclaveModel
 from cloister.enclave.sampling import Sampler, SamplingSettings
-from cloister.plan.cost import Calibration, ProductRate
+from cloister.plan.cost import Calibration, LentAttentionRate, ProductRate
 from cloister.settings import AcceleratorSettings, BlindingSettings, Prefill, Settings
 
 SECONDS: Final = 0.7
@@ -94,6 +95,7 @@ def calibrate(
         tick(5)
         lent_many = _lent(model, accelerators, source, PREFILL_ROWS, 0)
         tick(6)
+        attention = _lent_attention(model, accelerators, team, (glue, glue_cpu), far)
     products = {}
     for linear in {_kind(linear): linear for linear in linears}.values():
         kind = _kind(linear)
@@ -113,7 +115,7 @@ def calibrate(
         )
     sampling = _sampling(model.spec.vocab_size)
     tick(7)
-    return Calibration(products, share * glue, share * glue_cpu, share * slope, sampling, CONTEXTS[0])
+    return Calibration(products, share * glue, share * glue_cpu, share * slope, sampling, CONTEXTS[0], attention)
 
 
 def _kind(linear: Linear) -> str:
@@ -123,12 +125,12 @@ def _kind(linear: Linear) -> str:
 class _Passes:
     """Forward passes in which every product is timed."""
 
-    def __init__(self, model: EnclaveModel, product: Product) -> None:
+    def __init__(self, model: EnclaveModel, product: Product, attention: Attention | None = None) -> None:
         spec = model.spec
         self._model = model
         self._gate = _TimedGate(model.linears, product)
         self._cache = PagedKVCache(spec.layers, spec.kv_heads, spec.head_dim, 16, spec.max_positions)
-        self._forward = Forward(model, self._gate, self._cache)
+        self._forward = Forward(model, self._gate, self._cache, attention=attention)
 
     def longest(self, context: int) -> int:
         """Returns `context`, or the longest that leaves room for a token."""
@@ -217,6 +219,35 @@ def _lent(
     pantry.stock(rows * passes)
     filling = False
     return made.timed(rows, context, passes - WARM_UP)[0]
+
+
+def _lent_attention(
+    model: EnclaveModel, accelerators: Sequence[Accelerator], team: Team, near: Timing, far_wall: float
+) -> LentAttentionRate | None:
+    """Returns what lending QK^T and AV adds to a pass, beyond the enclave's own attention (its passes: `near`, `far_wall`)."""
+    roster = Roster(accelerators, AcceleratorSettings(timeout_seconds=600.0))
+    if roster.pair_accelerator() is None:
+        return None
+    masked = MaskedAttention(roster, PadSource(), team)
+    passes = _Passes(model, lambda _index, _x, out: out.fill(1), masked)
+    taken: list[tuple[float, float, float]] = []
+    for context in CONTEXTS:
+        passes.fill(context)
+        before, turns = masked.counters.bytes_sent + masked.counters.bytes_received, masked.counters.products
+        _, wall, cpu = passes.timed(1, context, FEWEST)
+        sent = masked.counters.bytes_sent + masked.counters.bytes_received - before
+        products = (masked.counters.products - turns) / 2  # two a layer
+        taken.append((wall, cpu, sent / max(1.0, products)))
+    masked.release()
+    layers, span = model.spec.layers, max(1, passes.longest(CONTEXTS[1]) - CONTEXTS[0])
+    (wall, cpu, crossed), (far, _, far_crossed) = taken
+    return LentAttentionRate(
+        seconds=max(0.0, wall - near[0]) / layers,
+        cpu=max(0.0, cpu - near[1]) / layers,
+        seconds_per_context=max(0.0, (far - far_wall) - (wall - near[0])) / span / layers,
+        bytes_crossing=crossed,
+        bytes_per_context=max(0.0, far_crossed - crossed) / span,
+    )
 
 
 def _times(linears: Sequence[LentLinear], action: Callable[[LentLinear], object]) -> dict[str, list[Timing]]:

@@ -42,6 +42,19 @@ class ProductRate:
 
 
 @dataclass(frozen=True)
+class LentAttentionRate:
+    """What lending QK^T and AV of one layer adds to the enclave's own attention, for one decoded token; seconds."""
+
+    seconds: float
+    """At the context of the calibration."""
+    cpu: float
+    seconds_per_context: float
+    """Per further token of context."""
+    bytes_crossing: float
+    bytes_per_context: float
+
+
+@dataclass(frozen=True)
 class Calibration:
     """The measured rates of one machine for one model's shapes; seconds."""
 
@@ -53,9 +66,8 @@ class Calibration:
     """What a further token of context adds."""
     sampling: float
     context: int
-    masked_attention: float = 0.0
-    """QK^T and AV under pads, per layer, at `context`; 0: not measured."""
-    masked_attention_cpu: float = 0.0
+    attention: LentAttentionRate | None = None
+    """None: not measured, since no accelerator multiplies two blinded matrices."""
 
     def over_link(self, round_trip_seconds: float, bytes_per_second: float) -> "Calibration":
         """Returns the rates if each lent product also paid a link's round trip and bandwidth (0: no limit)."""
@@ -93,6 +105,8 @@ class Prediction:
     """To choose a token from the logits."""
     enclave_weight_bytes: int
     """Weights that must lie in the enclave's memory because they are used there, at one byte each."""
+    lent_attention_seconds: float = 0.0
+    """Of a token, what lending QK^T and AV adds to computing them in the enclave."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -121,9 +135,15 @@ def predict(plan: Plan | InsecurePlan, spec: ModelSpec, calibration: Calibration
         if Placement.ENCLAVE in (placement, prefill[name]):
             weights += rate.weight_bytes
         row += rate.lent_row if prefill[name] is not Placement.ENCLAVE else rate.enclave_row
+    attention = 0.0
     masked = sum(1 for a in plan.assignments if a.operator.kind is Kind.QK and a.decode is Placement.BLINDED)
-    online += masked * calibration.masked_attention
-    cpu += masked * calibration.masked_attention_cpu
+    if masked and (own := calibration.attention) is not None:
+        further = context - calibration.context
+        attention = masked * (own.seconds + further * own.seconds_per_context)
+        cpu += masked * (own.cpu + further * own.seconds_per_context)
+        crossing += round(masked * (own.bytes_crossing + further * own.bytes_per_context))
+    online += attention
     return Prediction(
         online, online + late, cpu, pad_cpu, row, crossing, pads, trips + 2 * masked, calibration.sampling, weights,
+        attention,
     )  # fmt: skip
