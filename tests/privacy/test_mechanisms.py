@@ -21,7 +21,7 @@ from cloister.privacy.certificate import (
     log_up,
 )  # fmt: skip
 from cloister.privacy.channel import Channel, quantise, uniform_index
-from cloister.privacy.linear_program import best_channel, half_way_cap
+from cloister.privacy.linear_program import attack_cap, best_channel
 from cloister.privacy.mechanism import Mechanism
 from cloister.privacy.noisy_max import TABLES, analytic_table, bayes_attack, exact_epsilon, exact_table, sensitivity
 
@@ -169,7 +169,7 @@ def test_a_channel_from_the_program_is_certified_and_close_to_its_claim(rng: np.
     for count, epsilon in ((2, "1/2"), (20, "1"), (40, "4"), (20, "8")):
         scores, prior = similarities(rng, count), np.full(count, 1 / count)
         claim = Fraction(epsilon)
-        cap = half_way_cap(scores, prior, float(claim))
+        cap = attack_cap(scores, prior, float(claim))
         weights = quantise(best_channel(scores, prior, float(claim), cap), claim)
         spent = certificate(weights)
         assert 0.99 * claim < spent.epsilon <= float(claim)

@@ -20,9 +20,11 @@ from cloister.privacy.noisy_max import calibrated, exact_epsilon
 Vectors = Float32[np.ndarray, "words hidden"]
 Dense = Float32[np.ndarray, "words outputs"]
 CUSTEXT_MEMBERS = 20
+TOLERANCE = 3e-3
+"""A rival is calibrated to this share below its ε."""
 TEM_BETA = 0.001
 """TEM's probability of looking beyond its radius."""
-RADII = 24
+RADII = 8
 """Quantiles by which RANTEXT's random radius is represented."""
 
 
@@ -123,13 +125,13 @@ def custext(vectors: Vectors, group: Int64[np.ndarray, "_"], parameter: float) -
 def santext_plus(vectors: Vectors, sensitive: Int64[np.ndarray, "_"], epsilon: float) -> Rival:
     """Returns SanText over the sensitive words, calibrated to an exact ε among them."""
     far = distances(vectors[sensitive])
-    return Rival((Block(sensitive, sensitive, calibrated(partial(santext, far), epsilon, epsilon)),))
+    return Rival((Block(sensitive, sensitive, calibrated(partial(santext, far), epsilon, epsilon, TOLERANCE)),))
 
 
 def tem_rival(vectors: Vectors, sensitive: Int64[np.ndarray, "_"], epsilon: float) -> Rival:
     """Returns TEM over the sensitive words, calibrated to an exact ε among them."""
     far = distances(vectors[sensitive])
-    return Rival((Block(sensitive, sensitive, calibrated(partial(tem, far), epsilon, epsilon)),))
+    return Rival((Block(sensitive, sensitive, calibrated(partial(tem, far), epsilon, epsilon, TOLERANCE)),))
 
 
 def custext_plus(vectors: Vectors, sensitive: Int64[np.ndarray, "_"], epsilon: float) -> Rival:
@@ -137,7 +139,7 @@ def custext_plus(vectors: Vectors, sensitive: Int64[np.ndarray, "_"], epsilon: f
     blocks = []
     for group in custext_groups(vectors[sensitive]):
         rows = sensitive[group]
-        blocks.append(Block(rows, rows, calibrated(partial(custext, vectors, rows), epsilon, epsilon)))
+        blocks.append(Block(rows, rows, calibrated(partial(custext, vectors, rows), epsilon, epsilon, TOLERANCE)))
     return Rival(tuple(blocks))
 
 

@@ -31,17 +31,23 @@ from cloister.privacy import build as builder
 from cloister.privacy.candidates import CandidateClass, Candidates, Provenance
 from cloister.privacy.certificate import TOTAL
 from cloister.privacy.mechanism import Kind, Mechanism, Span
-from cloister.privacy.noisy_max import bayes_attack, exact_table
+from cloister.privacy.noisy_max import analytic_table, bayes_attack, exact_table
 from cloister.privacy.sampler import TableSampler
 from cloister.privacy.vocabulary import Entry, lexicon, token_entries
 
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0)
 SEEDS = 5
-MEMBERS = 64
+SMALL, MEMBERS = rivals.CUSTEXT_MEMBERS, 64
+"""Class sizes: CusText's own, so that mechanisms are compared in classes of equal size, and our default."""
+TRAINING = 20_000
+"""Sentences that are sanitised to train on."""
 PROMPT_TOKENS = 128
 LATENCY_BAR_MS = 1.0
 CMIF_ACCURACY = 0.8265
 """What CMIF reports for SST-2 at ε = 1, with BERT."""
+T_95 = 2.776
+"""Student's t for five seeds."""
+COMPARED = ("laplace_rnm", "gumbel", "CusText+", "SanText+", "TEM")
 SEED_KEYS = ("seeds", "seeds trained sanitised")
 STOP_WORDS = frozenset(
     re.findall(
@@ -69,15 +75,21 @@ class Setting:
     """Ids of the words that are replaced."""
     prior: Float64[np.ndarray, "words"]
     """How often each word is in the training text: what the attacker knows."""
-    train: task.Corpus
+    part: task.Corpus
+    """What is sanitised to train on: the first sentences of the training text."""
     test: task.Corpus
-    train_ids: np.ndarray
+    part_ids: np.ndarray
     test_ids: np.ndarray
     unknown: tuple[np.ndarray, np.ndarray]
-    """Which words of either corpus are content words without a vector."""
+    """Which words of either of them are content words without a vector."""
     clean: np.ndarray
     """The classifier."""
-    groups: tuple[builder.Group, ...]
+    task_words: np.ndarray
+    """Ids of the content words that occur in the task: the vocabulary of SanText, TEM and RANTEXT."""
+    groups: dict[int, tuple[builder.Group, ...]]
+    """Classes by K."""
+    workers: int
+    """Processes that make tables; 0: one per core."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +116,7 @@ def run(data: Path, vectors: Path, smoke: bool, console: Console) -> Record:
     """
     epsilons, seeds = ((1.0,), 1) if smoke else (EPSILONS, SEEDS)
     setting = prepare(data, vectors, smoke)
-    console.print(
-        f"{len(setting.words)} words in {len(setting.groups)} classes, {len(setting.test.labels)} test sentences"
-    )
+    console.print(f"{len(setting.words)} words, {len(setting.test.labels)} test sentences")
     clean = task.accuracy(
         setting.clean, task.features(setting.test_ids, setting.test, len(setting.words)), setting.test.labels
     )
@@ -114,7 +124,8 @@ def run(data: Path, vectors: Path, smoke: bool, console: Console) -> Record:
     for system in systems(setting, epsilons, console):
         started = time.monotonic()
         rows.append(measure(system, setting, seeds))
-        console.print(f"{system.name}, ε = {system.epsilon:g}: {time.monotonic() - started:.1f} s", style="dim")
+        seconds, level = time.monotonic() - started, rows[-1]["accuracy"]
+        console.print(f"{system.name}, ε = {system.epsilon:g}: accuracy {level:.4f}, {seconds:.1f} s", style="dim")
     facts: dict[str, Any] = {"clean accuracy": clean} | comparisons(rows, seeds)
     facts |= latency(setting)
     return Record(
@@ -122,7 +133,7 @@ def run(data: Path, vectors: Path, smoke: bool, console: Console) -> Record:
         rows,
         facts,
         {
-            "data": data.name, "vectors": vectors.name, "epsilons": list(epsilons), "seeds": seeds, "members": MEMBERS,
+            "data": data.name, "vectors": vectors.name, "epsilons": list(epsilons), "seeds": seeds, "members": [SMALL, MEMBERS],
             "smoke": smoke, "CMIF reports": CMIF_ACCURACY,
             "seeds by mechanism and ε": {f"{row['mechanism']} {row['ε']:g}": [row.pop(key) for key in SEED_KEYS] for row in rows},
         },
@@ -146,6 +157,8 @@ def prepare(data: Path, vectors: Path, smoke: bool) -> Setting:
     table = np.concatenate([table, np.zeros((len(missing), table.shape[1]), dtype=np.float32)])
     content = np.array([place for place, word in enumerate(words) if word not in STOP_WORDS])
     train_ids, test_ids = (task.as_ids(corpus.words, words) for corpus in (train, test))
+    part = task.read_sst2(data / "train.tsv", 500 if smoke else TRAINING)
+    part_ids = task.as_ids(part.words, words)
     counts = np.bincount(train_ids[train_ids >= 0], minlength=len(words)) + 0.1
     keep = np.zeros(len(words))
     keep[content] = counts[content] / counts[content].sum()
@@ -156,13 +169,18 @@ def prepare(data: Path, vectors: Path, smoke: bool) -> Setting:
         vectors=table,
         content=content,
         prior=keep,
-        train=train,
+        part=part,
         test=test,
-        train_ids=train_ids,
+        part_ids=part_ids,
         test_ids=test_ids,
-        unknown=(np.flatnonzero(train_ids < 0), np.flatnonzero(test_ids < 0)),
+        unknown=(np.flatnonzero(part_ids < 0), np.flatnonzero(test_ids < 0)),
         clean=task.fit(task.features(train_ids, train, len(words)), train.labels, rounds=200),
-        groups=tuple(builder.classes(entries, table[content], MEMBERS, lambda *_: None)),
+        task_words=np.intersect1d(content, np.concatenate([train_ids, test_ids])),
+        groups={
+            members: tuple(builder.classes(entries, table[content], members, lambda *_: None))
+            for members in (SMALL, MEMBERS)
+        },
+        workers=1 if smoke else 0,
     )
 
 
@@ -186,13 +204,15 @@ def systems(setting: Setting, epsilons: tuple[float, ...], console: Console) -> 
     """Yields every mechanism at every ε."""
     for epsilon in epsilons:
         for mechanism in Mechanism:
-            yield _ours(setting, mechanism, epsilon, published=False)
-        yield _ours(setting, Mechanism.LAPLACE_RNM, epsilon, published=True)
+            yield _ours(setting, mechanism, epsilon, SMALL)
+        yield _ours(setting, Mechanism.CHANNEL, epsilon, SMALL, cap=1.0)
+        yield _published(setting, epsilon)
+        yield _ours(setting, Mechanism.CHANNEL, epsilon, MEMBERS)
         console.print(f"calibrating the published systems to ε = {epsilon:g}", style="dim")
-        arguments = setting.vectors, setting.content, epsilon
+        arguments = setting.vectors, setting.task_words, epsilon
         makers: tuple[tuple[str, Callable[[], Rival]], ...] = (
+            ("CusText+", partial(rivals.custext_plus, setting.vectors, setting.content, epsilon)),
             ("SanText+", partial(rivals.santext_plus, *arguments)),
-            ("CusText+", partial(rivals.custext_plus, *arguments)),
             ("TEM", partial(rivals.tem_rival, *arguments)),
             ("RANTEXT", partial(rivals.rantext_rival, *arguments, np.random.default_rng(0))),
         )
@@ -201,20 +221,29 @@ def systems(setting: Setting, epsilons: tuple[float, ...], console: Console) -> 
             yield System(name, epsilon, rival, rival.epsilon, min(len(block.spans) for block in rival.blocks))
 
 
-def _ours(setting: Setting, mechanism: Mechanism, epsilon: float, published: bool) -> System:
+def _ours(setting: Setting, mechanism: Mechanism, epsilon: float, members: int, cap: float = 0.5) -> System:
     """Returns a mechanism over our classes: the integer tables that are deployed, or Laplace noise of equal exact ε."""
-    claim = Fraction(epsilon)
-    places = [np.array([setting.content[entry.token] for entry in group.entries]) for group in setting.groups]
-    if mechanism is Mechanism.LAPLACE_RNM and not published:
-        tables = [exact_table(mechanism, group.scores, epsilon) for group in setting.groups]
-        exact = epsilon
-    else:
-        made = builder.table_set(setting.groups, mechanism, claim, 0, lambda *_: None)
-        tables = [table / TOTAL for table in made.tables]
-        exact = max(one.epsilon for one in made.certificates)
-    name = f"{mechanism} (2Δ/ε, as published)" if published else str(mechanism)
-    blocks = tuple(Block(rows, rows, table) for rows, table in zip(places, tables, strict=True))
-    return System(name, epsilon, Rival(blocks), exact, min(len(rows) for rows in places))
+    groups = setting.groups[members]
+    if mechanism is Mechanism.LAPLACE_RNM:
+        tables = [exact_table(mechanism, group.scores, epsilon, rivals.TOLERANCE) for group in groups]
+        return _system(setting, str(mechanism), epsilon, members, tables)
+    made = builder.table_set(groups, mechanism, Fraction(epsilon), lambda *_: None, setting.workers, cap)
+    name = (
+        f"{mechanism} (cap 1)" if cap == 1.0 else f"{mechanism} (K = {members})" if members != SMALL else str(mechanism)
+    )
+    return _system(setting, name, epsilon, members, [table / TOTAL for table in made.tables])
+
+
+def _published(setting: Setting, epsilon: float) -> System:
+    """Returns Laplace noise of the published scale 2Δ/ε, which spends less than ε."""
+    tables = [analytic_table(Mechanism.LAPLACE_RNM, group.scores, epsilon) for group in setting.groups[SMALL]]
+    return _system(setting, "laplace_rnm (2Δ/ε)", epsilon, SMALL, tables)
+
+
+def _system(setting: Setting, name: str, epsilon: float, members: int, tables: list[np.ndarray]) -> System:
+    places = [np.array([setting.content[entry.token] for entry in group.entries]) for group in setting.groups[members]]
+    rival = Rival(tuple(Block(rows, rows, table) for rows, table in zip(places, tables, strict=True)))
+    return System(name, epsilon, rival, rival.epsilon, min(len(rows) for rows in places))
 
 
 def measure(system: System, setting: Setting, seeds: int) -> dict[str, Any]:
@@ -226,8 +255,8 @@ def measure(system: System, setting: Setting, seeds: int) -> dict[str, Any]:
         test_ids = sanitised(setting.test_ids, setting.unknown[1], system.rival, setting.content, rng)
         test = task.features(test_ids, setting.test, size)
         test_scores.append(task.accuracy(setting.clean, test, setting.test.labels))
-        train_ids = sanitised(setting.train_ids, setting.unknown[0], system.rival, setting.content, rng)
-        fitted = task.fit(task.features(train_ids, setting.train, size), setting.train.labels, setting.clean, 40)
+        train_ids = sanitised(setting.part_ids, setting.unknown[0], system.rival, setting.content, rng)
+        fitted = task.fit(task.features(train_ids, setting.part, size), setting.part.labels, setting.clean, 25)
         train_scores.append(task.accuracy(fitted, test, setting.test.labels))
     attack, uniform, kept = attacks(system.rival, setting.prior)
     ceiling = math.exp(system.exact) / (math.exp(system.exact) + system.members - 1) if system.exact < 700 else 1.0
@@ -278,44 +307,65 @@ def attacks(rival: Rival, prior: Float64[np.ndarray, "words"]) -> tuple[float, f
 
 
 def comparisons(rows: list[dict[str, Any]], seeds: int) -> dict[str, Any]:
-    """Returns by how much `channel` leads the others: at equal exact ε, and at equal attack success (interpolated)."""
+    """Returns by how many points channels lead the others: at equal exact ε, and at equal attack success (interpolated).
+
+    At equal ε: the mean over seeds and its 95 % confidence interval, one number for each ε. At equal attack: at the
+    attack success of each of the other's rows, where ours reach from below to above it; `uniform` and `attack` as in the table.
+    """
     held: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         held.setdefault(row["mechanism"], []).append(row)
-    ours = held[str(Mechanism.CHANNEL)]
+    channels = [name for name in held if name.startswith(str(Mechanism.CHANNEL))]
+    ours = [row for name in channels[:2] for row in held[name]]
     facts: dict[str, Any] = {}
-    for name, theirs in held.items():
-        if name == str(Mechanism.CHANNEL):
-            continue
-        for title, key in (("", "seeds"), (" trained sanitised", "seeds trained sanitised")):
-            leads = []
-            for mine, other in zip(ours, theirs, strict=True):
-                lead = np.array(mine[key]) - np.array(other[key])
-                spread = 2.776 * lead.std(ddof=1) / math.sqrt(seeds) if seeds == SEEDS else math.nan
-                leads.append(f"{100 * lead.mean():+.1f}±{100 * spread:.1f}")
-            facts[f"points that channel leads {name} at equal ε{title}"] = ", ".join(leads)
-        facts[f"points that channel leads {name} at equal attack"] = _at_equal_attack(ours, theirs)
+    for name in (name for name in COMPARED if name in held):
+        for channel in channels[:2]:
+            facts[f"{channel} - {name}, equal ε"] = ", ".join(
+                lead(mine["seeds"], other["seeds"], seeds)
+                for mine, other in zip(held[channel], held[name], strict=True)
+            )
+        facts[f"{channels[0]} - {name}, equal ε, trained sanitised"] = ", ".join(
+            lead(mine[SEED_KEYS[1]], other[SEED_KEYS[1]], seeds)
+            for mine, other in zip(held[channels[0]], held[name], strict=True)
+        )
+        for key in ("uniform %", "attack %"):
+            facts[f"channel - {name}, equal {key[:-2]}"] = _at_equal_attack(ours, held[name], key)
     return facts
 
 
-def _at_equal_attack(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
-    """Returns the leads at the attack success of each of their rows, where our own rows reach from below to above it."""
-    mine = sorted((row["attack %"], row["accuracy"]) for row in ours)
-    points = [point[0] for point in mine]
+def lead(ours: list[float], theirs: list[float], seeds: int) -> str:
+    """Returns the mean difference in points, paired by seed, with its 95 % confidence interval where there are five."""
+    gaps = 100 * (np.array(ours) - np.array(theirs))
+    spread = f"±{T_95 * gaps.std(ddof=1) / math.sqrt(seeds):.1f}" if seeds == SEEDS else ""
+    return f"{gaps.mean():+.1f}{spread}"
+
+
+def _at_equal_attack(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], key: str) -> str:
+    mine = frontier([(row[key], row["accuracy"]) for row in ours])
     leads = []
     for row in theirs:
-        if len(mine) > 1 and points[0] <= row["attack %"] <= points[-1]:
-            level = float(np.interp(row["attack %"], points, [point[1] for point in mine]))
-            leads.append(f"{100 * (level - row['accuracy']):+.1f} (at {row['attack %']:.1f} %)")
-    return ", ".join(leads) or "none of its attack rates is within ours"
+        if mine[0][0] <= row[key] <= mine[-1][0]:
+            level = float(np.interp(row[key], [point[0] for point in mine], [point[1] for point in mine]))
+            leads.append(f"{100 * (level - row['accuracy']):+.1f} at {row[key]:.1f} %")
+    return ", ".join(leads) or "none of its rates is within ours"
+
+
+def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Returns the points that no other beats in both attack and accuracy, by rising attack."""
+    best: list[tuple[float, float]] = []
+    for attack, level in sorted(points):
+        if not best or level > best[-1][1]:
+            best.append((attack, level))
+    last = max(attack for attack, _ in points)
+    return best if best[-1][0] == last else [*best, (last, best[-1][1])]
 
 
 def latency(setting: Setting) -> dict[str, Any]:
     """Returns what sanitising a prompt of 128 content words takes with the deployed sampler, after warm-up."""
-    made = builder.table_set(setting.groups, Mechanism.GUMBEL, Fraction(1), 0, lambda *_: None)
+    made = builder.table_set(setting.groups[MEMBERS], Mechanism.GUMBEL, Fraction(1), lambda *_: None, 1)
     classes = tuple(
         CandidateClass(Kind.WORD, "", tuple(entry.text for entry in group.entries), tuple(-1 for _ in group.entries))
-        for group in setting.groups
+        for group in setting.groups[MEMBERS]
     )
     origin = Provenance("word vectors", "0" * 64, "0" * 64, len(setting.words), MEMBERS)
     sampler = TableSampler(Candidates(origin, classes, (made,)), Mechanism.GUMBEL, Fraction(1))

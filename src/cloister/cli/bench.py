@@ -143,6 +143,16 @@ def attention(
     record.show(stdout())
 
 
+@app.command("candidates")
+def candidates(smoke: SmokeOption = False, out: OutOption = Path("bench/results")) -> None:
+    """How long candidates take to build for vocabularies of 32 k and 128 k tokens, on synthetic embeddings."""
+    from cloister.bench.candidates import run
+
+    record = run(smoke, stderr())
+    record.write(out)
+    record.show(stdout())
+
+
 @app.command("sanitize")
 def sanitize(
     data: Annotated[Path, typer.Option("--data", help="Folder of SST-2: train.tsv, test.tsv.")],

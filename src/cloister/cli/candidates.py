@@ -46,6 +46,12 @@ def build(
     members: Annotated[
         int, typer.Option("--members", help="K, the least size of a class: 32 useful, 64 balanced, 256 strong (slow).")
     ] = 64,
+    cap: Annotated[
+        float,
+        typer.Option(
+            "--cap", help="Success of the best attack on a channel: 0 a guess, 1 as on the exponential mechanism."
+        ),
+    ] = 0.5,
     workers: Annotated[int, typer.Option("--workers", help="Processes; 0: one per core.")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", help="The file; default: candidates.cloister in the model.")
@@ -64,6 +70,7 @@ def build(
         mechanisms=tuple(dict.fromkeys(mechanism or [Mechanism.CHANNEL])),
         epsilons=tuple(dict.fromkeys(_epsilon(text) for text in epsilon or ["2"])),
         workers=workers,
+        cap=_share(cap),
     )
     path = out or model / candidate_file.FILE_NAME
     started = time.monotonic()
@@ -211,6 +218,12 @@ def _checked(members: int, bounds: tuple[int, int]) -> int:
     if not bounds[0] <= members <= bounds[1]:
         raise SettingsError(f"--members is {members}.", remedy=f"Allowed: {bounds[0]} to {bounds[1]}.")
     return members
+
+
+def _share(cap: float) -> float:
+    if not 0 < cap <= 1:
+        raise SettingsError(f"--cap is {cap}.", remedy="Allowed: above 0, at most 1.")
+    return cap
 
 
 @contextmanager

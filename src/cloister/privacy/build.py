@@ -18,7 +18,7 @@ from jaxtyping import Float32, Float64
 from cloister.privacy.candidates import CandidateClass, Candidates, Provenance, TableSet
 from cloister.privacy.certificate import TOTAL, AnyWeights, Certificate, certificate, hockey_stick
 from cloister.privacy.channel import quantise
-from cloister.privacy.linear_program import MARGIN, best_channel, half_way_cap
+from cloister.privacy.linear_program import MARGIN, attack_cap, best_channel
 from cloister.privacy.mechanism import DominatingCurve, Mechanism
 from cloister.privacy.noisy_max import Table, analytic_table, bayes_attack, exact_table
 from cloister.privacy.partition import centred, partition, sketch
@@ -48,6 +48,8 @@ class Plan:
     epsilons: tuple[Fraction, ...] = (Fraction(2),)
     workers: int = 0
     """Processes; 0: one per core."""
+    cap: float = 0.5
+    """How successful the best attack on a channel may be: 0 as a guess, 1 as against the exponential mechanism."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def build(
     groups = classes(entries, vectors, plan.members, progress)
     jobs = [(mechanism, epsilon) for mechanism in plan.mechanisms for epsilon in plan.epsilons]
     sets = [
-        table_set(groups, *job, plan.workers, partial(progress, f"{job[0]}, ε = {float(job[1]):g}")) for job in jobs
+        table_set(groups, *job, partial(progress, f"{job[0]}, ε = {float(job[1]):g}"), plan.workers, plan.cap)
+        for job in jobs
     ]
     made = tuple(
         CandidateClass(
@@ -148,12 +151,17 @@ def _types(rows: list[int], entries: Sequence[Entry], depth: int, members: int) 
 
 
 def table_set(
-    groups: Sequence[Group], mechanism: Mechanism, epsilon: Fraction, workers: int, progress: Callable[[int, int], None]
+    groups: Sequence[Group],
+    mechanism: Mechanism,
+    epsilon: Fraction,
+    progress: Callable[[int, int], None],
+    workers: int = 0,
+    cap: float = 0.5,
 ) -> TableSet:
     """Returns one certified table for each class, made in several processes."""
     count = workers or len(os.sched_getaffinity(0))
     made: list[Made] = []
-    work = [(group.scores, group.prior, mechanism, epsilon) for group in groups]
+    work = [(group.scores, group.prior, mechanism, epsilon, cap) for group in groups]
     if count == 1 or len(work) < 2 * count:
         for number, one in enumerate(work):
             made.append(make_table(*one))
@@ -173,7 +181,9 @@ def table_set(
 
 
 def _spread_out(
-    work: Sequence[tuple[np.ndarray, np.ndarray, Mechanism, Fraction]], count: int, progress: Callable[[int, int], None]
+    work: Sequence[tuple[np.ndarray, np.ndarray, Mechanism, Fraction, float]],
+    count: int,
+    progress: Callable[[int, int], None],
 ) -> list[Made]:
     # The BLAS of a forked child may hang; spawned ones start clean.
     with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
@@ -194,15 +204,19 @@ def _one_thread() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def make_table(scores: Table, prior: Float64[np.ndarray, "spans"], mechanism: Mechanism, epsilon: Fraction) -> Made:
+def make_table(
+    scores: Table, prior: Float64[np.ndarray, "spans"], mechanism: Mechanism, epsilon: Fraction, cap: float = 0.5
+) -> Made:
     """Returns a class's integer table, its certificate, the best attacker's success and its hockey-stick curve."""
-    weights = quantise(float_table(scores, prior, mechanism, float(epsilon)), epsilon)
+    weights = quantise(float_table(scores, prior, mechanism, float(epsilon), cap), epsilon)
     exact = weights / TOTAL
     grid = np.arange(-CURVE_STEPS, CURVE_STEPS + 1) * (float(epsilon) / CURVE_STEPS)
     return weights, certificate(weights), bayes_attack(exact, prior), hockey_stick(exact, grid)
 
 
-def float_table(scores: Table, prior: Float64[np.ndarray, "spans"], mechanism: Mechanism, epsilon: float) -> Table:
+def float_table(
+    scores: Table, prior: Float64[np.ndarray, "spans"], mechanism: Mechanism, epsilon: float, cap: float = 0.5
+) -> Table:
     """Returns the table of a mechanism for a claim of ε, slightly below it to leave room for integers.
 
     Laplace noise has the published scale 2Δ/ε; Gumbel and exponential noise the least that the exact channel allows.
@@ -210,7 +224,7 @@ def float_table(scores: Table, prior: Float64[np.ndarray, "spans"], mechanism: M
     inner = epsilon * (1.0 - MARGIN)
     if mechanism is Mechanism.CHANNEL:
         floor = DIVERSITY if epsilon < LOW_EPSILON else 0.0
-        return best_channel(scores, prior, epsilon, half_way_cap(scores, prior, epsilon), floor)
+        return best_channel(scores, prior, epsilon, attack_cap(scores, prior, epsilon, cap), floor)
     if mechanism is Mechanism.LAPLACE_RNM:
         return analytic_table(mechanism, scores, inner)
     return exact_table(mechanism, scores, inner)

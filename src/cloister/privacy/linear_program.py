@@ -23,10 +23,17 @@ MARGIN = 5e-4
 """The program is solved for ε·(1 - MARGIN), so that rounding to integers stays below ε."""
 
 
-def half_way_cap(scores: Table, prior: Float64[np.ndarray, "spans"], epsilon: float) -> float:
-    """Returns β half-way between guessing by the prior and the best attack on the exponential mechanism at equal exact ε."""
+def attack_cap(scores: Table, prior: Float64[np.ndarray, "spans"], epsilon: float, share: float = 0.5) -> float:
+    """Returns β: between guessing by the prior (0) and the best attack on the exponential mechanism at equal exact ε (1).
+
+    Args:
+        scores: Similarities u[x,y].
+        prior: Probabilities of the spans, public.
+        epsilon: The exact ε.
+        share: How far towards the exponential mechanism.
+    """
     exponential = exact_table(Mechanism.GUMBEL, scores, epsilon)
-    return 0.5 * (float(prior.max()) + bayes_attack(exponential, prior))
+    return (1.0 - share) * float(prior.max()) + share * bayes_attack(exponential, prior)
 
 
 def best_channel(
@@ -85,5 +92,5 @@ def best_channel(
     return table / table.sum(axis=1, keepdims=True)
 
 
-SIMPLEX_MEMBERS = 48
-"""Up to this many members the dual simplex is faster than the interior point, whose time varies less."""
+SIMPLEX_MEMBERS = 96
+"""Up to this many members the dual simplex is used: much faster for embeddings of few dimensions, as fast for others."""

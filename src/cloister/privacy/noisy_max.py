@@ -100,22 +100,23 @@ def analytic_table(mechanism: Mechanism, scores: Table, epsilon: float) -> Table
     return TABLES[mechanism](scores, 2.0 * spread / epsilon)
 
 
-def exact_table(mechanism: Mechanism, scores: Table, epsilon: float) -> Table:
-    """Returns the table with the least noise whose exact ε does not exceed `epsilon` (and is within 1e-7 of it)."""
+def exact_table(mechanism: Mechanism, scores: Table, epsilon: float, tolerance: float = 1e-7) -> Table:
+    """Returns the table with the least noise whose exact ε does not exceed `epsilon` (and is within `tolerance` of it)."""
     spread = sensitivity(scores)
     if spread == 0.0:
         return np.full(scores.shape, 1.0 / scores.shape[1])
     make = TABLES[mechanism]
-    return calibrated(lambda inverse: make(scores, 1.0 / inverse), epsilon, epsilon / (2.0 * spread))
+    return calibrated(lambda inverse: make(scores, 1.0 / inverse), epsilon, epsilon / (2.0 * spread), tolerance)
 
 
-def calibrated(make: Callable[[float], Any], epsilon: float, start: float) -> Any:
-    """Returns the table of the largest parameter whose exact ε does not exceed `epsilon`, to 1e-7 relatively.
+def calibrated(make: Callable[[float], Any], epsilon: float, start: float, tolerance: float = 1e-7) -> Any:
+    """Returns the table of the largest parameter whose exact ε does not exceed `epsilon`, to `tolerance` relatively.
 
     Args:
         make: Returns a table for a positive parameter; its exact ε grows with the parameter.
         epsilon: ε to stay below.
         start: A parameter to begin with.
+        tolerance: How far below `epsilon` is near enough, relatively.
     """
     low = high = start
     below = above = exact_epsilon(make(start)) - epsilon
@@ -129,11 +130,11 @@ def calibrated(make: Callable[[float], Any], epsilon: float, start: float) -> An
             high, above, low = low, below, low / 2.0
             below = exact_epsilon(make(low)) - epsilon
     for step in range(40):
-        if below >= -1e-7 * epsilon or high - low <= 1e-9 * high:
+        if below >= -tolerance * epsilon or high - low <= 1e-9 * high:
             break
         # Regula falsi aims just below the root; every third step halves instead, for curves that it creeps along.
         share = 0.5 if step % 3 == 2 or not math.isfinite(above) else below / (below - above)
-        middle = low + (high - low) * min(max(share * (1 - 1e-8), 1e-3), 0.999)
+        middle = low + (high - low) * min(max(share * (1 - tolerance / 10), 1e-3), 0.999)
         error = exact_epsilon(make(middle)) - epsilon
         if error <= 0:
             low, below = middle, error
