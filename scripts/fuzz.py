@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
-KINDS = ("sgx", "tdx", "snp", "tpm", "sim")
+KINDS = ("sgx", "tdx", "snp", "tpm", "nitro", "gpu", "sim")
 
 
 def targets() -> list[str]:

@@ -20,9 +20,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
+from cryptography import x509  # noqa: E402
+from cryptography.hazmat.primitives import hashes  # noqa: E402
 from cryptography.hazmat.primitives.asymmetric import ec  # noqa: E402
 
 from attest import amd as amds  # noqa: E402
+from attest.cloud_forge import GPU_MEASUREMENT, Aws, Nvidia  # noqa: E402
+from attest.cloud_forge import PCRS as CLOUD_PCRS  # noqa: E402
 from attest.forge import ENCLAVE, MRENCLAVE, MRSIGNER, MRTD, NOW, REPORT_DATA, RTMR, TD, WINDOW, Forge  # noqa: E402
 from attest.tpm_forge import PCRS, FakeTpm  # noqa: E402
 from cloister.attest.evidence import Evidence, Kind  # noqa: E402
@@ -73,6 +77,11 @@ class Case:
             "measurement": measurement,
         }
         return json.dumps(stated, indent=1).encode() + b"\n"
+
+
+def fingerprint(certificate: x509.Certificate) -> str:
+    """Returns what a policy file calls a root."""
+    return certificate.fingerprint(hashes.SHA256()).hex()
 
 
 def with_report(evidence: Evidence, report: bytes) -> Evidence:
@@ -322,9 +331,51 @@ def tpm_cases() -> Iterator[Case]:
     yield Case("tpm-other-bank", "a quote over SHA-384 registers", bank, policy, "unsupported", ("format",))
 
 
+def cloud_cases() -> Iterator[Case]:
+    """Yields AWS Nitro documents and GPU reports."""
+    aws, gpu = Aws.new(), Nvidia.new()
+    pcrs = {str(number): [CLOUD_PCRS[number].hex()] for number in (0, 8)}
+    nitro = {"roots": {"nitro": [fingerprint(aws.root)]}, "nitro": {"pcrs": pcrs, "max_age_seconds": 300}}
+
+    def refused(name: str, description: str, evidence: Evidence, *failed: str, time: datetime = NOW) -> Case:
+        return Case(f"nitro-{name}", description, evidence, nitro, "refused", failed, time)
+
+    good = aws.evidence()
+    yield Case("nitro-accepted", "a good document", good, nitro)
+    debug = aws.evidence(pcrs={**CLOUD_PCRS, 0: bytes(48)})
+    yield refused("debug", "an enclave in debug mode", debug, "debug", "registers")
+    yield refused("other-register", "another PCR 8", aws.evidence(pcrs={**CLOUD_PCRS, 8: bytes(48)}), "registers")
+    yield refused("replay", "a document for another exchange", aws.evidence(user_data=bytes(64)), "report-data")
+    yield refused("old", "an old document", good, "collateral-time", time=NOW + timedelta(seconds=301))
+    yield refused("other-root", "a document of an unknown root", Aws.new().evidence(), "root")
+    yield refused(
+        "other-key", "a document that another key signed", replace(aws, key=Aws.new().key).evidence(), "signature"
+    )
+    tail = with_report(good, good.report + bytes(1))
+    yield Case("nitro-trailing", "a byte behind the document", tail, nitro, "malformed", ("format",))
+    other = aws.evidence(digest="SHA256")
+    yield Case("nitro-other-digest", "registers of another hash", other, nitro, "unsupported", ("format",))
+
+    table = {"measurement": [GPU_MEASUREMENT.hex()], "driver": ["550.90.07"], "vbios": ["9600"], "revocation": ANY}
+    policy = {"roots": {"gpu": [fingerprint(gpu.root)]}, "gpu": table}
+    good = gpu.evidence()
+    yield Case("gpu-accepted", "a good GPU report", good, policy)
+    for name, description, report, check in (
+        ("gpu-replay", "a report for another exchange", gpu.report(nonce=bytes(32)), "report-data"),
+        ("gpu-other-firmware", "a certificate for other firmware", gpu.report(fwid=bytes(48)), "chain"),
+        ("gpu-other-driver", "another driver", gpu.report(_3=b"1.0"), "version"),
+        ("gpu-other-vbios", "another VBIOS", gpu.report(_6=b"1"), "product"),
+        ("gpu-other-key", "a report that another key signed", Nvidia.new().report(), "signature"),
+    ):
+        yield Case(name, description, gpu.evidence(report), policy, "refused", (check,))
+    yield Case("gpu-other-root", "a report of an unknown root", Nvidia.new().evidence(), policy, "refused", ("root",))
+    cut = gpu.evidence(gpu.report()[:-1])
+    yield Case("gpu-truncated", "a report that ends early", cut, policy, "malformed", ("format",))
+
+
 def cases() -> list[Case]:
     """Returns every case."""
-    return [*dcap_cases(), *sim_cases(), *snp_cases(), *tpm_cases()]
+    return [*dcap_cases(), *sim_cases(), *snp_cases(), *tpm_cases(), *cloud_cases()]
 
 
 def write(found: list[Case]) -> None:

@@ -11,9 +11,10 @@ from datetime import timedelta
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from attest.amd import Amd, snp_policy
+from attest.cloud_forge import Aws, Nvidia
 from attest.forge import NOW, TD, Forge, strict
 from attest.tpm_forge import FakeTpm
-from cloister.attest import certificate_table, certificates, collateral, der, document, quote, vector
+from cloister.attest import cbor, certificate_table, certificates, collateral, der, document, gpu, quote, vector
 from cloister.attest.evidence import Evidence, Kind, Result, Verdict
 from cloister.attest.policy import Policy, SimPolicy, TpmPolicy
 from cloister.attest.roots import Roots
@@ -45,13 +46,15 @@ PARSERS: dict[str, Target] = {
     "chain": certificates.load_pem_chain,
     "certificate table": certificate_table.parse,
     "der integer": der.read_integer,
+    "cbor": cbor.decode,
+    "gpu report": gpu.parse,
     "installation": Installation.decode,
 }
 
 
 WITH_INPUTS = (
     "evidence", "quote", "padding", "collateral", "snp report", "tpm attest", "tpm public", "tpm collateral",
-    "tpm split", "certificate", "chain",
+    "tpm split", "certificate", "chain", "cbor", "gpu report",
 )  # fmt: skip
 """Parsers for which `good_inputs` has a well-formed input."""
 
@@ -83,12 +86,18 @@ def samples() -> dict[str, Sample]:
         "tdx 5": Sample(forge.evidence(TD, version=5), strict(), forge.roots),
         "snp": Sample(amd.evidence(), snp_policy(), amd.roots),
         "tpm": Sample(tpm.evidence(), tpm_policy, tpm.roots),
+        "nitro": _of(Aws.new()),
+        "gpu": _of(Nvidia.new()),
         "sim": Sample(sim, sim_policy, Roots(sim=frozenset({installation.fingerprint}))),
     }
     for name, sample in found.items():
         if sample.judge(sample.evidence).result is not Result.ACCEPTED:
             raise AssertionError(f"the {name} sample is not accepted as it is")
     return found
+
+
+def _of(maker: Aws | Nvidia) -> Sample:
+    return Sample(maker.evidence(), maker.policy(), maker.roots)
 
 
 def good_inputs(found: dict[str, Sample]) -> dict[str, bytes]:
@@ -107,6 +116,8 @@ def good_inputs(found: dict[str, Sample]) -> dict[str, bytes]:
         "tpm collateral": tpm.collateral,
         "tpm split": tpm.report,
         "certificate": snp.certificates[0],
+        "cbor": found["nitro"].evidence.report,
+        "gpu report": found["gpu"].evidence.report,
         "chain": quote.parse(sgx.report).pck_chain,
     }
 

@@ -121,6 +121,7 @@ def another(value: Any) -> Any:
 
 def test_every_setting_changes_the_digest(subject: Subject) -> None:
     """Each field of each settings record, changed alone."""
+    subject = dataclasses.replace(subject, dependencies=())
     seen = {measure(subject).digest}
     count = 1
     for field in dataclasses.fields(Settings):
@@ -128,7 +129,7 @@ def test_every_setting_changes_the_digest(subject: Subject) -> None:
         for inner in dataclasses.fields(record):
             changed = dataclasses.replace(record, **{inner.name: another(getattr(record, inner.name))})
             settings = dataclasses.replace(subject.settings, **{field.name: changed})
-            seen.add(measure(dataclasses.replace(subject, settings=settings, dependencies=())).digest)
+            seen.add(measure(dataclasses.replace(subject, settings=settings)).digest)
             count += 1
     assert len(seen) == count > 15
 

@@ -50,6 +50,8 @@ pcrs = {{ 0 = ["{H48}"] }}
 max_age_seconds = 300
 
 [gpu]
+measurement = ["{H48}"]
+revocation = {{ skip = "only online" }}
 driver = ["550.90.07"]
 vbios = {{ skip = "unused" }}
 
@@ -120,6 +122,7 @@ SGX: dict[str, Any] = {"mrenclave": [H32], "mrsigner": [H32], "product": 0, "min
         ({"tdx": {"mrtd": [H48], "rtmr": [[H48]], "mrconfigid": [H48]}}, "1 of the 4"),
         ({"tpm": {"pcrs": {"x": [H32]}, "resets": 0, "firmware": [0]}}, "registers"),
         ({"tpm": {"pcrs": {"99": [H32]}, "resets": 0, "firmware": [0]}}, "no PCR 99"),
+        ({"gpu": {"measurement": [H48], "driver": [], "vbios": [], "revocation": "required"}}, "cannot be checked"),
         ({"sgx": SGX, "roots": {"intel": []}}, "roots"),
         ({"sgx": SGX, "roots": {"dcap": ["amd"]}}, "hexadecimal"),
         ({"sgx": SGX, "roots": {"sim": ["intel"]}}, "stand-in"),

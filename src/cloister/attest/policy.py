@@ -184,10 +184,17 @@ class NitroPolicy:
 class GpuPolicy:
     """What is expected of an NVIDIA GPU in confidential mode."""
 
+    measurement: frozenset[bytes] | Skip
+    """Accepted digests of all measurement blocks, 48 bytes each."""
     driver: frozenset[str] | Skip
-    """Accepted driver versions."""
+    """Accepted driver versions, such as 535.86.09."""
     vbios: frozenset[str] | Skip
-    """Accepted VBIOS versions."""
+    """Accepted VBIOS versions, in hexadecimal as the report has them."""
+    revocation: Skip
+    """Why revocation is not checked: NVIDIA answers only online, which this verifier never does."""
+
+    def __post_init__(self) -> None:
+        _sizes("measurement", self.measurement, 48)
 
 
 @dataclass(frozen=True, kw_only=True)

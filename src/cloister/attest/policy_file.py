@@ -57,6 +57,7 @@ NAMED_ROOTS: Final[Mapping[str, bytes]] = {
     "amd-milan": known.AMD_ARK_MILAN,
     "amd-genoa": known.AMD_ARK_GENOA,
     "aws-nitro": known.AWS_NITRO_ROOT_G1,
+    "nvidia": known.NVIDIA_DEVICE_IDENTITY_CA,
 }
 """Roots that a file may name instead of giving their fingerprint."""
 
@@ -142,12 +143,12 @@ def _record(kind: type, table: Any, where: str) -> Any:
 
 
 def _convert(where: str, hint: Any, value: Any) -> Any:
+    if hint is Skip:
+        return _skip(where, value)
     if isinstance(hint, UnionType):
-        wanted = [option for option in get_args(hint) if option is not Skip]
         if isinstance(value, Mapping) and set(value) == {"skip"}:
-            if not isinstance(value["skip"], str) or not value["skip"].strip():
-                raise SettingsError(f"{where!r} is skipped without a reason.")
-            return Skip(value["skip"])
+            return _skip(where, value)
+        wanted = [option for option in get_args(hint) if option is not Skip]
         return _convert(where, wanted[0], value)
     if get_origin(hint) is tuple:
         return tuple(
@@ -158,6 +159,16 @@ def _convert(where: str, hint: Any, value: Any) -> Any:
             raise SettingsError(f"{where!r} is not a table.")
         return {_number(where, key): _convert(f"{where}.{key}", get_args(hint)[1], item) for key, item in value.items()}
     return _SIMPLE[hint](where, value)
+
+
+def _skip(where: str, value: Any) -> Skip:
+    if not isinstance(value, Mapping) or set(value) != {"skip"}:
+        raise SettingsError(
+            f"{where!r} cannot be checked here.", remedy='Acknowledge it: { skip = "why this is fine" }.'
+        )
+    if not isinstance(value["skip"], str) or not value["skip"].strip():
+        raise SettingsError(f"{where!r} is skipped without a reason.")
+    return Skip(value["skip"])
 
 
 def _number(where: str, key: str) -> int:

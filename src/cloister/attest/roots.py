@@ -26,6 +26,9 @@ AMD_ARK_GENOA: Final = bytes.fromhex("4c6598d19c18719c5dfd4a7d335f674e5bfe1d8f80
 AWS_NITRO_ROOT_G1: Final = bytes.fromhex("641a0321a3e244efe456463195d606317ed7cdcc3c1756e09893f3c68f79bb5b")
 """CN=aws.nitro-enclaves, valid to 2049-10-28."""
 
+NVIDIA_DEVICE_IDENTITY_CA: Final = bytes.fromhex("102bf659d5419614c9d8e6aecebc80454eb26b1df6a769ac720b9a690b167b48")
+"""CN=NVIDIA Device Identity CA, without an end."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Roots:
@@ -62,6 +65,7 @@ class Roots:
             dcap=frozenset({INTEL_SGX_ROOT_CA}),
             snp=frozenset({AMD_ARK_MILAN, AMD_ARK_GENOA}),
             nitro=frozenset({AWS_NITRO_ROOT_G1}),
+            gpu=frozenset({NVIDIA_DEVICE_IDENTITY_CA}),
         )
 
     def of(self, kind: Kind) -> frozenset[bytes]:
@@ -78,5 +82,7 @@ class Roots:
         return trusted[kind]
 
 
-VENDORS: Final = frozenset({INTEL_SGX_ROOT_CA, AMD_ARK_MILAN, AMD_ARK_GENOA, AWS_NITRO_ROOT_G1})
+VENDORS: Final = frozenset(
+    {INTEL_SGX_ROOT_CA, AMD_ARK_MILAN, AMD_ARK_GENOA, AWS_NITRO_ROOT_G1, NVIDIA_DEVICE_IDENTITY_CA}
+)
 """Every root of a vendor that this version knows."""

@@ -14,10 +14,10 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Final
 
-from cloister.attest import sgx, sim, snp, tdx, tpm
+from cloister.attest import gpu, nitro, sgx, sim, snp, tdx, tpm
 from cloister.attest.evidence import Check, Claims, Evidence, Kind, Result, Skip, Verdict
 from cloister.attest.findings import Findings
-from cloister.attest.policy import Policy, SgxPolicy, SimPolicy, SnpPolicy, TdxPolicy, TpmPolicy
+from cloister.attest.policy import GpuPolicy, NitroPolicy, Policy, SgxPolicy, SimPolicy, SnpPolicy, TdxPolicy, TpmPolicy
 from cloister.attest.roots import Roots
 from cloister.errors import EvidenceError, EvidenceUnsupportedError
 
@@ -52,6 +52,8 @@ REQUIRED: Final[Mapping[Kind, frozenset[Check]]] = MappingProxyType(
             Check.PLATFORM,
         },
         Kind.TPM: (_ALWAYS - {Check.DEBUG}) | {Check.ATTRIBUTES, Check.REGISTERS, Check.VERSION, Check.PRODUCT},
+        Kind.NITRO: _ALWAYS | {Check.COLLATERAL_TIME, Check.REGISTERS},
+        Kind.GPU: (_ALWAYS - {Check.DEBUG}) | {Check.REVOCATION, Check.MEASUREMENT, Check.VERSION, Check.PRODUCT},
         Kind.SIM: _ALWAYS | _DCAP | {Check.SIGNER, Check.VERSION},
     }
 )
@@ -122,6 +124,10 @@ def _examine(
             return snp.examine(evidence, record, now, trusted, findings)
         case TpmPolicy() as record:
             return tpm.examine(evidence, record, now, trusted, findings)
+        case NitroPolicy() as record:
+            return nitro.examine(evidence, record, now, trusted, findings)
+        case GpuPolicy() as record:
+            return gpu.examine(evidence, record, now, trusted, findings)
         case SimPolicy() as record:
             return sim.examine(evidence, record, now, trusted, findings)
         case _:

@@ -256,10 +256,10 @@ def _from_options(
         | {"host_data": skip, "min_version": skip, "id_key": skip},
         Kind.TPM: {"pcrs": skip, "resets": skip, "firmware": skip},
         Kind.NITRO: {"pcrs": skip, "max_age_seconds": 300},
-        Kind.GPU: {"driver": skip, "vbios": skip},
+        Kind.GPU: {"measurement": named, "driver": skip, "vbios": skip, "revocation": skip},
         Kind.SIM: {"measurement": named, "min_version": skip},
     }
-    if named is not skip and evidence.kind in (Kind.TPM, Kind.NITRO, Kind.GPU):
+    if named is not skip and evidence.kind in (Kind.TPM, Kind.NITRO):
         raise SettingsError(f"Evidence of kind {evidence.kind} has several measurements.", remedy="Use --policy.")
     expectations = policy_file.from_mapping({evidence.kind.value: tables[evidence.kind]}, bound)
     trusted = {field.name: getattr(expectations.roots, field.name) for field in fields(Roots)}
