@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,12 +22,65 @@ from cloister.errors import AttestationError
 MEASUREMENT = bytes([8]) * 32
 
 
-def run(*arguments: object, code: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "cloister", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
+SERVE = """
+import contextlib, io, json, sys
+from cloister.cli.main import main
+for line in sys.stdin:
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    sys.argv = ["cloister", *json.loads(line)]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code or 0
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
+"""The program's own entry, many times in one process: starting Python anew for each command would take most of the time."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command printed."""
+
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Runs a command and checks its exit code."""
+    process = subprocess.Popen([sys.executable, "-c", SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    stdin, stdout = process.stdin, process.stdout
+
+    def one(*arguments: object, code: int) -> Done:
+        stdin.write(json.dumps([str(argument) for argument in arguments]) + "\n")
+        stdin.flush()
+        found, out, err = json.loads(stdout.readline())
+        assert found == code, out + err
+        assert "Traceback" not in err
+        return Done(out, err)
+
+    try:
+        yield one
+    finally:
+        stdin.close()
+        process.wait(30)
+        stdout.close()
+
+
+def test_the_exit_code_is_that_of_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"no evidence")
+    done = subprocess.run(
+        [sys.executable, "-m", "cloister", "verify", path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 30
+    assert "malformed" in done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +118,7 @@ def server(answer: Answer, status: int = 200, location: str = "") -> Iterator[tu
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
+        threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
         try:
             yield f"127.0.0.1:{http.server_port}", asked
         finally:
@@ -76,7 +130,9 @@ def trusting(installation: Installation) -> list[str]:
     return ["--root", f"sim={installation.fingerprint.hex()}", "--measurement", MEASUREMENT.hex()]
 
 
-def test_a_host_is_verified_and_sent_nothing_but_a_nonce(installation: Installation, trusting: list[str]) -> None:
+def test_a_host_is_verified_and_sent_nothing_but_a_nonce(
+    run: Run, installation: Installation, trusting: list[str]
+) -> None:
     with server(lambda nonce: attestation(installation, nonce).encode()) as (host, asked):
         done = run("verify", host, *trusting, code=0)
         first = asked.copy()
@@ -93,7 +149,9 @@ def test_a_host_is_verified_and_sent_nothing_but_a_nonce(installation: Installat
     assert names == {"accept", "accept-encoding", "connection", "host", "user-agent"}
 
 
-def test_a_host_that_repeats_an_old_answer_is_refused(installation: Installation, trusting: list[str]) -> None:
+def test_a_host_that_repeats_an_old_answer_is_refused(
+    run: Run, installation: Installation, trusting: list[str]
+) -> None:
     old = attestation(installation, bytes(32)).encode()
     with server(lambda nonce: old) as (host, _):
         record = json.loads(run("verify", host, *trusting, "--json", code=10).stdout)
@@ -101,7 +159,7 @@ def test_a_host_that_repeats_an_old_answer_is_refused(installation: Installation
 
 
 def test_a_host_that_changes_the_binding_of_old_evidence_is_refused(
-    installation: Installation, trusting: list[str]
+    run: Run, installation: Installation, trusting: list[str]
 ) -> None:
     """Relay: genuine evidence for another exchange, with a binding that names the new nonce or another key."""
     old = attestation(installation, bytes(32))
@@ -119,7 +177,7 @@ def test_a_host_that_changes_the_binding_of_old_evidence_is_refused(
             assert json.loads(run("verify", host, *trusting, "--json", code=10).stdout)["failed"] == ["report-data"]
 
 
-def test_a_host_that_is_not_believed_is_refused(installation: Installation, trusting: list[str]) -> None:
+def test_a_host_that_is_not_believed_is_refused(run: Run, installation: Installation, trusting: list[str]) -> None:
     with server(lambda nonce: attestation(Installation.create(datetime.now(UTC)), nonce).encode()) as (host, _):
         assert json.loads(run("verify", host, *trusting, "--json", code=10).stdout)["failed"] == ["root"]
         production = run("verify", host, "--measurement", MEASUREMENT.hex(), code=10)
@@ -127,7 +185,7 @@ def test_a_host_that_is_not_believed_is_refused(installation: Installation, trus
 
 
 def test_hosts_that_answer_nonsense_are_malformed_and_absent_ones_an_error(
-    installation: Installation, trusting: list[str]
+    run: Run, installation: Installation, trusting: list[str]
 ) -> None:
     bare = SimAttester(installation, MEASUREMENT).evidence(bytes(64)).encode()
     for body in (b"", b"<html>", bare, b"{" * 10000):
@@ -140,7 +198,7 @@ def test_hosts_that_answer_nonsense_are_malformed_and_absent_ones_an_error(
     assert "does not answer" in run("verify", "127.0.0.1:1", code=1).stderr
 
 
-def test_a_redirection_is_not_followed(installation: Installation, trusting: list[str]) -> None:
+def test_a_redirection_is_not_followed(run: Run, installation: Installation, trusting: list[str]) -> None:
     with (
         server(lambda nonce: attestation(installation, nonce).encode()) as (other, asked),
         server(lambda nonce: b"", status=302, location=f"http://{other}/") as (host, _),
@@ -165,7 +223,7 @@ def test_addresses() -> None:
 
 
 def test_a_saved_attestation_says_that_it_may_be_old(
-    installation: Installation, trusting: list[str], tmp_path: Path
+    run: Run, installation: Installation, trusting: list[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "attestation.json"
     path.write_bytes(attestation(installation, bytes(32)).encode())
@@ -176,7 +234,7 @@ def test_a_saved_attestation_says_that_it_may_be_old(
 
 
 def test_nothing_is_accepted_unless_something_is_expected(
-    installation: Installation, trusting: list[str], tmp_path: Path
+    run: Run, installation: Installation, trusting: list[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "evidence.json"
     path.write_bytes(SimAttester(installation, MEASUREMENT).evidence(bytes(64)).encode())
@@ -192,7 +250,7 @@ def test_nothing_is_accepted_unless_something_is_expected(
     assert "collateral" in run("verify", path, *trusting, "--at", "2020-01-01", code=10).stdout
 
 
-def test_a_policy_file_decides(installation: Installation, tmp_path: Path) -> None:
+def test_a_policy_file_decides(run: Run, installation: Installation, tmp_path: Path) -> None:
     path, policy = tmp_path / "evidence.json", tmp_path / "policy.toml"
     path.write_bytes(SimAttester(installation, MEASUREMENT, 3).evidence(bytes(64)).encode())
     text = f'[roots]\nsim = ["{installation.fingerprint.hex()}"]\n[sim]\nmeasurement = ["{MEASUREMENT.hex()}"]\n'
@@ -205,7 +263,7 @@ def test_a_policy_file_decides(installation: Installation, tmp_path: Path) -> No
     assert "in the file" in run("verify", path, "--policy", policy, "--measurement", "any", code=1).stderr
 
 
-def test_files_that_are_no_evidence(tmp_path: Path) -> None:
+def test_files_that_are_no_evidence(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "file"
     for content, code in ((b"", 30), (b"text", 30), (b'{"format":"cloister-evidence/9","kind":"sgx","report":""}', 20)):
         path.write_bytes(content)
@@ -214,7 +272,7 @@ def test_files_that_are_no_evidence(tmp_path: Path) -> None:
     assert "no file" in run("verify", tmp_path / "none", code=1).stderr
 
 
-def test_real_quotes_from_the_command_line(samples: Path) -> None:
+def test_real_quotes_from_the_command_line(run: Run, samples: Path) -> None:
     dcap, snp = samples / "dcap", samples / "snp"
     tdx = ["verify", dcap / "tdx_quote", "--kind", "tdx", "--collateral", dcap / "tdx_quote_collateral.json"]
     record = json.loads(run(*tdx, "--at", "2025-06-27", "--measurement", "any", "--json", code=0).stdout)
@@ -227,7 +285,7 @@ def test_real_quotes_from_the_command_line(samples: Path) -> None:
     )
 
 
-def test_measure_lists_and_compares(tmp_path: Path) -> None:
+def test_measure_lists_and_compares(run: Run, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     record = json.loads(run("measure", tmp_path, "--json", code=0).stdout)
     assert {item["part"] for item in record["items"]} >= {"package", "dependency", "interpreter", "model", "settings"}
