@@ -78,6 +78,19 @@ def settings() -> str:
     return "\n\n".join(parts)
 
 
+def checks() -> str:
+    """Returns a table of the checks of evidence, from the enumeration and the sentences under its members."""
+    tree = ast.parse((SOURCE / "attest" / "evidence.py").read_text())
+    check = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Check")
+    rows = ["| check | passes when |", "| --- | --- |"]
+    for member, text in zip(check.body, check.body[1:], strict=False):
+        if isinstance(member, ast.Assign) and isinstance(text, ast.Expr):
+            rows.append(
+                f"| `{ast.literal_eval(member.value)}` | {' '.join(str(ast.literal_eval(text.value)).split())} |"
+            )
+    return "\n".join(rows)
+
+
 def cli() -> str:
     """Returns every command with its options, from the program itself."""
     from cloister.cli.main import app
@@ -255,6 +268,7 @@ BLOCKS = {
     "contracts": contracts,
     "errors": errors,
     "settings": settings,
+    "checks": checks,
     "cli": cli,
     "records": records,
     "baselines": baselines,
