@@ -17,6 +17,7 @@ from attest.tpm_forge import FakeTpm
 from cloister.attest import cbor, certificate_table, certificates, collateral, der, document, gpu, quote, vector
 from cloister.attest.evidence import Evidence, Kind, Result, Verdict
 from cloister.attest.policy import Policy, SimPolicy, TpmPolicy
+from cloister.attest.receipt import Receipt
 from cloister.attest.roots import Roots
 from cloister.attest.sim import Installation, SimAttester
 from cloister.attest.snp_report import SnpReport
@@ -34,6 +35,7 @@ PARSERS: dict[str, Target] = {
     "attestation": document.Attestation.decode,
     "format": document.format_of,
     "vector": vector.Vector.decode,
+    "receipt": Receipt.decode,
     "quote": quote.parse,
     "padding": quote.without_padding,
     "collateral": collateral.read,

@@ -1,5 +1,6 @@
 """`cloister verify` and `cloister measure` as a person and as a script use them, against real files and a real server."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -10,14 +11,20 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import msgspec
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloister.attest.binding import Binding
 from cloister.attest.document import Attestation, attestation_url
+from cloister.attest.receipt import Checks, Receipt, SignedStatement, Statement
+from cloister.attest.session import prover
 from cloister.attest.sim import Installation, SimAttester
 from cloister.errors import AttestationError
+from cloister.wire.channel_messages import VERSION, Hello, Offer, Suite
 
 MEASUREMENT = bytes([8]) * 32
 
@@ -270,6 +277,88 @@ def test_files_that_are_no_evidence(run: Run, tmp_path: Path) -> None:
         record = json.loads(run("verify", path, "--json", code=code).stdout)
         assert (record["exit_code"], record["claims"]) == (code, None)
     assert "no file" in run("verify", tmp_path / "none", code=1).stderr
+
+
+REQUEST, RESPONSE = b"what was asked", b"what was answered"
+
+
+def receipt(installation: Installation, signer: Ed25519PrivateKey, **said: Any) -> Receipt:
+    """Returns what a client keeps of an answer: session, statement, signature."""
+    hello = msgspec.msgpack.encode(Hello(VERSION, bytes(32), (Suite.X25519,)))
+    offer = Offer(
+        version=VERSION,
+        suite=Suite.X25519,
+        key=b"hpke key",
+        receipt_key=signer.public_key().public_bytes_raw(),
+        nonce=bytes(32),
+        model_root=b"m" * 32,
+        plan=b"p" * 32,
+        measurement=MEASUREMENT,
+        evidence=b"",
+    )
+    evidence = prover(SimAttester(installation, MEASUREMENT))(hello, offer)
+    offer = msgspec.structs.replace(offer, evidence=evidence)
+    fields: dict[str, Any] = {
+        "request": hashlib.sha256(REQUEST).digest(),
+        "response": hashlib.sha256(RESPONSE).digest(),
+    }
+    fields |= {"model_root": offer.model_root, "plan": offer.plan, "measurement": MEASUREMENT, "kind": "sim"}
+    fields |= {"checks": Checks(products=9, enclave_products=0, refused=0, checks_per_product=1)}
+    statement = Statement(**(fields | {"issued": datetime.now(UTC).isoformat()} | said))
+    signed = SignedStatement(statement=statement, signature=signer.sign(statement.signed_bytes()))
+    return Receipt.of(signed, hello, offer)
+
+
+def test_a_receipt_is_verified_offline(
+    run: Run, installation: Installation, trusting: list[str], tmp_path: Path
+) -> None:
+    path, asked, answered = tmp_path / "receipt.json", tmp_path / "request", tmp_path / "response"
+    asked.write_bytes(REQUEST)
+    answered.write_bytes(RESPONSE)
+    signer = Ed25519PrivateKey.generate()
+    path.write_bytes(receipt(installation, signer).encode())
+    both = ["--request", asked, "--response", answered, "--json"]
+    record = json.loads(run("verify", path, *trusting, *both, code=0).stdout)
+    outcomes = {factor["check"]: factor["outcome"] for factor in record["factors"]}
+    assert {outcomes[name] for name in ("receipt-signature", "same-session", "request", "response")} == {"PASS"}
+    assert record["statement"]["checks"]["products"] == 9
+    run("verify", path, *trusting, code=0)
+
+    assert json.loads(run("verify", path, *trusting, *both[:3], asked, "--json", code=10).stdout)["failed"] == [
+        "response"
+    ]
+    assert json.loads(run("verify", path, *trusting[2:], *both, code=10).stdout)["failed"] == ["root"]
+    late = json.loads(run("verify", path, *trusting, *both, "--at", "2099-01-01", code=10).stdout)
+    assert "collateral-time" in late["failed"]
+    assert late["statement"] is None, "nothing that a refused receipt says is repeated"
+
+
+def test_forged_and_damaged_receipts_are_refused(
+    run: Run, installation: Installation, trusting: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "receipt.json"
+    signer, other = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+    good, foreign = receipt(installation, signer), receipt(installation, other)
+    cases: list[tuple[Receipt, list[str]]] = [
+        (msgspec.structs.replace(good, signature=foreign.signature), ["receipt-signature"]),
+        (msgspec.structs.replace(good, offer=foreign.offer), ["receipt-signature"]),
+        (receipt(installation, signer, model_root=b"x" * 32), ["same-session"]),
+        (receipt(installation, signer, kind="sgx"), ["same-session"]),
+        (msgspec.structs.replace(good, hello=good.hello.replace(bytes(32), bytes(31) + b"x")), ["report-data"]),
+    ]
+    for forged, failed in cases:
+        path.write_bytes(forged.encode())
+        assert json.loads(run("verify", path, *trusting, "--json", code=10).stdout)["failed"] == failed
+    document = good.encode()
+    for damaged in (
+        document[:-1],
+        document.replace(b'"hello":"', b'"hello":"AAAA'),
+        document.replace(b"offer", b"offxr"),
+    ):
+        path.write_bytes(damaged)
+        run("verify", path, *trusting, code=30)
+    path.write_bytes(document.replace(b"receipt/1", b"receipt/2"))
+    run("verify", path, *trusting, code=20)
 
 
 def test_real_quotes_from_the_command_line(run: Run, samples: Path) -> None:

@@ -1,0 +1,120 @@
+"""What `cloister verify` is given: evidence files, attestations, receipts, bare reports, hosts; read, and not yet judged."""
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cloister.errors import ChannelError, EvidenceError, SettingsError
+
+if TYPE_CHECKING:
+    from cloister.attest.binding import Binding
+    from cloister.attest.evidence import Evidence
+    from cloister.attest.receipt import Receipt
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of one target."""
+
+    evidence: "Evidence"
+    binding: "Binding | None" = None
+    nonce: bytes | None = None
+    """The nonce that the binding must hold, if known."""
+    receipt: "Receipt | None" = None
+    """The receipt that the evidence came with."""
+
+
+@dataclass(frozen=True)
+class Bare:
+    """What makes evidence of a report that comes without any wrapping."""
+
+    kind: str
+    collateral: Path | None
+    certificates: tuple[Path, ...]
+
+
+def question(target: str, nonce: bytes | None, bare: Bare | None) -> Question:
+    """Returns what is asked of a file or a host; a host is sent a fresh nonce unless one is given.
+
+    Raises:
+        EvidenceError, EvidenceUnsupportedError: what is there cannot be read.
+        SettingsError, AttestationError: nothing is there.
+    """
+    from cloister.attest.document import ask
+
+    path = Path(target)
+    if bare is not None:
+        return Question(_bare(path, bare))
+    if path.exists():
+        return _read(content(path), nonce)
+    if "/" in target and "://" not in target:
+        raise SettingsError(f"There is no file {target}.", remedy="Give a file, HOST[:PORT] or a URL.")
+    fresh = nonce or secrets.token_bytes(32)
+    asked = _read(ask(target, fresh), fresh)
+    if asked.binding is None or asked.receipt is not None:
+        raise EvidenceError("The host answered with something that no nonce of ours is bound to.")
+    return asked
+
+
+def content(path: Path) -> bytes:
+    """Returns the bytes of a file, up to what any document may have."""
+    from cloister.attest.receipt import MAX_RECEIPT_BYTES
+
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_RECEIPT_BYTES + 1)
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _read(document: bytes, nonce: bytes | None) -> Question:
+    from cloister.attest import document as documents
+    from cloister.attest.evidence import Evidence
+
+    name = documents.format_of(document)
+    if name.startswith("cloister-receipt/"):
+        return _receipt(document, nonce)
+    if name.startswith("cloister-attestation/"):
+        found = documents.Attestation.decode(document)
+        return Question(found.evidence, found.binding, nonce)
+    return Question(Evidence.decode(document))
+
+
+def _receipt(document: bytes, nonce: bytes | None) -> Question:
+    from cloister.attest.evidence import Evidence
+    from cloister.attest.receipt import Receipt
+    from cloister.attest.session import session_binding
+    from cloister.wire.channel_messages import MAX_OFFER_BYTES, OVERHEAD_BYTES, Offer, decode
+
+    receipt = Receipt.decode(document)
+    try:
+        offer = decode(receipt.offer, Offer, MAX_OFFER_BYTES + OVERHEAD_BYTES)
+        binding = session_binding(receipt.hello, offer)
+    except ChannelError as error:
+        raise EvidenceError(f"The receipt's session does not decode: {error.message}") from error
+    return Question(Evidence.decode(offer.evidence), binding, nonce, receipt)
+
+
+def _bare(path: Path, bare: Bare) -> "Evidence":
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    from cloister.attest.certificates import load_pem_chain
+    from cloister.attest.evidence import Evidence, Kind
+    from cloister.attest.quote import without_padding
+    from cloister.settings import choice
+
+    chosen, report = choice(Kind, bare.kind, "--kind"), content(path)
+    chain: list[bytes] = []
+    for file in bare.certificates:
+        encoded = content(file)
+        if encoded.startswith(b"-----"):
+            chain += [certificate.public_bytes(Encoding.DER) for certificate in load_pem_chain(encoded)]
+        else:
+            chain.append(encoded)
+    return Evidence(
+        kind=chosen,
+        report=without_padding(report) if chosen in (Kind.SGX, Kind.TDX) else report,
+        collateral=content(bare.collateral) if bare.collateral else b"",
+        certificates=tuple(chain),
+    )
