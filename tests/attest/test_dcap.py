@@ -22,6 +22,7 @@ from attest.forge import (
     strict,
     tdx_policy,
 )
+from cloister.attest import sgx
 from cloister.attest.evidence import Check, Evidence, Kind, Outcome, Result, Skip
 from cloister.attest.policy import IntelTcb, Policy, TcbStatus
 from cloister.attest.quote import TdReport, parse, without_padding
@@ -489,3 +490,29 @@ def test_the_measurement_of_a_forged_quote_is_not_a_claim(forge: Forge, stranger
     verdict = forge.verify(stranger.evidence())
     assert verdict.claims is None
     assert any(MRENCLAVE.hex() in factor.reason for factor in verdict.factors)
+
+
+def test_a_check_that_is_forgotten_fails(forge: Forge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sgx, "attributes", lambda body, findings: None)
+    assert set(forge.verify(forge.evidence(replace(ENCLAVE, flags=0x15))).failed) == {Check.DEBUG, Check.ATTRIBUTES}
+
+
+def test_a_panic_of_the_library_is_a_refusal_and_an_interrupt_is_not(
+    forge: Forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rust code that panics raises what derives from BaseException alone, past every `except Exception`."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panic(*_: object) -> None:
+        raise PanicException
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dcap_qvl, "verify_with_root_ca", panic)
+    assert forge.verify(forge.evidence()).failed == (Check.SIGNATURE,)
+    monkeypatch.setattr(dcap_qvl, "verify_with_root_ca", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        forge.verify(forge.evidence())

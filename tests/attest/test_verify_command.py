@@ -198,6 +198,8 @@ def test_hosts_that_answer_nonsense_are_malformed_and_absent_ones_an_error(
     for body in (b"", b"<html>", bare, b"{" * 10000):
         with server(lambda nonce, body=body: body) as (host, _):
             run("verify", host, *trusting, code=30)
+    with server(lambda nonce: b'{"kind":"none","nonce":"00"}') as (host, _):
+        assert "shows no evidence" in " ".join(run("verify", host, *trusting, code=20).stdout.split())
     with server(lambda nonce: b"x" * (2**21 + 1)) as (host, _):
         assert "more than" in run("verify", host, *trusting, code=1).stderr
     with server(lambda nonce: b"gone", status=404) as (host, _):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cloister.errors import ChannelError, EvidenceError, SettingsError
+from cloister.errors import ChannelError, EvidenceError, EvidenceUnsupportedError, SettingsError
 
 if TYPE_CHECKING:
     from cloister.attest.binding import Binding
@@ -51,10 +51,27 @@ def question(target: str, nonce: bytes | None, bare: Bare | None) -> Question:
     if "/" in target and "://" not in target:
         raise SettingsError(f"There is no file {target}.", remedy="Give a file, HOST[:PORT] or a URL.")
     fresh = nonce or secrets.token_bytes(32)
-    asked = _read(ask(target, fresh), fresh)
+    document = ask(target, fresh)
+    if _shows_nothing(document):
+        raise EvidenceUnsupportedError(
+            "The host answers and shows no evidence: it is not attested.",
+            remedy="Send it nothing that it must not know.",
+        )
+    asked = _read(document, fresh)
     if asked.binding is None or asked.receipt is not None:
         raise EvidenceError("The host answered with something that no nonce of ours is bound to.")
     return asked
+
+
+def _shows_nothing(document: bytes) -> bool:
+    """Returns whether a host's answer is a JSON object of another kind, such as that of a gateway before an open engine."""
+    import msgspec
+
+    try:
+        found = msgspec.json.decode(document, type=dict[str, msgspec.Raw])
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return False
+    return "format" not in found
 
 
 def content(path: Path) -> bytes:
