@@ -21,6 +21,7 @@ from cloister.cli import (
     plan,
     seal,
     slice,
+    split,
     verify,
 )
 from cloister.cli.display import stderr
@@ -51,6 +52,8 @@ app.command("seal")(seal.seal)
 app.add_typer(broker.app, name="broker")
 app.command("gateway")(gateway.gateway)
 app.command("ledger")(ledger.ledger)
+app.command("split-server")(split.split_server)
+app.command("split-client")(split.split_client)
 app.add_typer(candidates.app, name="candidates")
 app.add_typer(bench.app, name="bench")
 
