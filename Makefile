@@ -7,7 +7,7 @@ WORKERS ?= 2
 GPU_PYTHON ?= $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint types fmt cov docs docs-check bench bench-smoke fuzz lock clean bench-gpu vllm vllm-serve
+.PHONY: help setup demo test test-all lint types fmt cov docs docs-check bench bench-smoke fuzz lock clean bench-gpu vllm vllm-serve test-vllm
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ demo: $(VENV)/.run ## run the shipped model on an accelerator that sees only bli
 
 vllm: ## install vLLM for CPU into .venv-vllm, for the gateway's tests against a real engine
 	PYTHON=$(PYTHON) sh scripts/setup_vllm.sh .venv-vllm
+
+test-vllm: $(VENV)/.dev vllm ## the gateway's tests against that vLLM
+	$(BIN)/python -m pytest -m "" tests/gateway/test_vllm.py
 
 vllm-serve: ## start that vLLM with the shipped model at http://127.0.0.1:8000
 	HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/vllm serve src/cloister/assets/demo \

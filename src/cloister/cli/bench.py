@@ -153,6 +153,23 @@ def candidates(smoke: SmokeOption = False, out: OutOption = Path("bench/results"
     record.show(stdout())
 
 
+@app.command("gateway")
+def gateway(
+    engine: Annotated[str, typer.Option("--engine", help="A running vLLM with --enable-prompt-embeds.")],
+    model: Annotated[Path, typer.Option("--model", help="Folder of the model that it serves.")],
+    candidates: Annotated[Path, typer.Option("--candidates", help="The model's candidate file.")],
+    requests: Annotated[int, typer.Option("--requests", help="Requests each way.")] = 24,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of an answer.")] = 64,
+    out: OutOption = Path("bench/results"),
+) -> None:
+    """What the gateway adds to the latency of the same vLLM called directly."""
+    from cloister.bench.gateway import run
+
+    record = run(engine, model, candidates, requests, tokens, stderr())
+    record.write(out)
+    record.show(stdout())
+
+
 @app.command("sanitize")
 def sanitize(
     data: Annotated[Path, typer.Option("--data", help="Folder of SST-2: train.tsv, test.tsv.")],
@@ -169,6 +186,26 @@ def sanitize(
     record = run(data, vectors, smoke, stderr())
     record.write(out)
     plot(record, out)
+    record.show(stdout())
+
+
+@app.command("split")
+def split(
+    model: Annotated[
+        Path | None, typer.Option("--model", help="Folder of a decoder; default: the shipped one.")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="Generated tokens.")] = 48,
+    repeats: Annotated[int, typer.Option("--repeats", help="Turns of every variant.")] = 5,
+    epsilon: Annotated[float, typer.Option("--epsilon", help="ε of one token of the published mechanism.")] = 1.0,
+    smoke: SmokeOption = False,
+    out: OutOption = Path("bench/results"),
+) -> None:
+    """The published split against the whole model and an all-in-enclave run, and the mechanism's share of the time."""
+    from cloister.assets import demo_model
+    from cloister.bench.split import run
+
+    record = run(model or demo_model(), tokens, repeats, epsilon, smoke, stderr())
+    record.write(out)
     record.show(stdout())
 
 

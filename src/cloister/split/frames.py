@@ -55,7 +55,7 @@ class Element(IntEnum):
     I32 = 4
 
 
-TYPES: Final = {
+TYPES: Final[dict[Element, np.dtype[Any]]] = {
     Element.TEXT: np.dtype("u1"),
     Element.BF16: np.dtype("<u2"),  # its bits
     Element.F16: np.dtype("<f2"),

@@ -24,7 +24,7 @@ TABLES: Final = ("model.embed_tokens.weight", "bert.embeddings.word_embeddings.w
 HEAD: Final = "lm_head.weight"
 
 
-class Empty(nn.Module):
+class Empty(nn.Module):  # type: ignore[misc]
     """Stands where the embedding table was."""
 
     def forward(self, tokens: object) -> torch.Tensor:
@@ -138,8 +138,8 @@ def _without_storage() -> Iterator[None]:
             parameter = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
+    nn.Module.register_parameter = on_meta
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = register
