@@ -46,7 +46,7 @@ class StubEngine:
     def prompt_of(self, body: dict[str, Any]) -> tuple[str, int]:
         """Returns the prompt as the engine understands it, and its length; embeddings are looked up in the table."""
         if "messages" in body:
-            return "\n".join(str(m.get("content")) for m in body["messages"]), 7
+            return "\n".join(self._content(m.get("content")) for m in body["messages"]), 4000
         if "prompt_embeds" in body:
             tokens = self._looked_up(base64.b64decode(body["prompt_embeds"], validate=True))
         elif isinstance(body["prompt"], str):
@@ -55,6 +55,13 @@ class StubEngine:
             tokens = body["prompt"]
         assert self.directory is not None
         return self.directory.tokenizer.decode(tokens), len(tokens)
+
+    def _content(self, content: object) -> str:
+        if not isinstance(content, list):
+            return str(content)
+        assert self.directory is not None
+        files = [base64.b64decode(part["data"], validate=True) for part in content if part["type"] == "prompt_embeds"]
+        return "".join(self.directory.tokenizer.decode(self._looked_up(file)) for file in files)
 
     def _looked_up(self, file: bytes) -> list[int]:
         assert self.directory is not None

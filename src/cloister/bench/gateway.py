@@ -110,8 +110,9 @@ def _gateway(engine: str, model: Path, candidates: Path, ledger: Path, transport
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "cloister", "gateway", "--engine", engine, "--model", str(model), "--candidates", str(candidates),
-        "--ledger", str(ledger), "--transport", transport, "--detectors", "rules", "--budget", "1e9", "--port", str(port), "--quiet",
+        sys.executable, "-m", "cloister", "gateway", "--engine", engine, "--model", str(model), "--port", str(port),
+        "--candidates", str(candidates), "--ledger", str(ledger), "--transport", transport, "--detectors", "rules",
+        "--budget", "1e9", "--quiet",
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     try:

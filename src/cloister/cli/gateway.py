@@ -59,7 +59,8 @@ def gateway(
         Transport,
         typer.Option(
             "--transport",
-            help="embeds: vLLM with --enable-prompt-embeds. tokens: any vLLM. text: any OpenAI-compatible server.",
+            help="embeds: vLLM with --enable-prompt-embeds. mixed: the same inside chats, vLLM 0.33 or later, for tools. "
+            "tokens: any vLLM. text: any OpenAI-compatible server.",
         ),
     ] = Transport.EMBEDS,
     mechanism: Annotated[

@@ -13,6 +13,9 @@ class Transport(StrEnum):
 
     EMBEDS = "embeds"
     """As embeddings, to a vLLM started with --enable-prompt-embeds."""
+    MIXED = "mixed"
+    """Each turn of a chat as embeddings inside a chat request, so that the server applies the template and parses tool calls;
+    needs vLLM 0.33 or later. Words next to the template's own may be cut into other tokens than in a text."""
     TOKENS = "tokens"
     """As token ids, to any vLLM."""
     TEXT = "text"

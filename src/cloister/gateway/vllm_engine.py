@@ -69,7 +69,7 @@ class VllmEngine:
         self._context = min(self._context, context or self._context)
         for text in PUBLIC_TEXTS:
             await self._compare_tokenizers(text)
-        if self._transport is Transport.EMBEDS:
+        if self._transport in (Transport.EMBEDS, Transport.MIXED):
             await self._compare_tables()
 
     async def alive(self) -> None:
@@ -78,16 +78,17 @@ class VllmEngine:
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[Delta]:
         """See `Engine`."""
+        if request.chat and self._transport is Transport.MIXED:
+            async for delta in self._mixed(request):
+                yield delta
+            return
         tokens = self._local.tokens(request)
         body = self._body(request, len(tokens)) | self._prompt(tokens)
         reader = StreamReader(request.choices, as_chat=request.chat)
         async for event in self._client.events("/v1/completions", body):
             for delta in reader.read(event):
                 if delta.usage is not None and delta.usage.prompt_tokens != len(tokens):
-                    raise EngineProtocolError(
-                        f"The engine read {delta.usage.prompt_tokens} prompt tokens where {len(tokens)} were sent.",
-                        remedy="It changes prompts, or counts them otherwise: use a stock vLLM.",
-                    )
+                    raise _miscounted(delta.usage.prompt_tokens, str(len(tokens)))
                 yield delta
         reader.check_ended()
 
@@ -117,10 +118,37 @@ class VllmEngine:
         return body
 
     def _prompt(self, tokens: Sequence[int]) -> dict[str, Any]:
-        if self._transport is not Transport.EMBEDS:
-            return {"prompt": list(tokens)}
+        return (
+            {"prompt": list(tokens)} if self._transport is Transport.TOKENS else {"prompt_embeds": self._file(tokens)}
+        )
+
+    def _file(self, tokens: Sequence[int]) -> str:
         file = tensor_file(self._local.rows(tokens), self._local.dtype, self._local.width)
-        return {"prompt_embeds": base64.b64encode(file).decode("ascii")}
+        return base64.b64encode(file).decode("ascii")
+
+    async def _mixed(self, request: EngineRequest) -> AsyncIterator[Delta]:
+        """Yields the answer to a chat whose turns are parts of embeddings; the server's template puts them together."""
+        messages, length = [], 0
+        for message in request.messages:
+            made = dict(message)
+            text = made.get("content")
+            if text:
+                tokens = self._local.directory.tokenizer.encode(text, add_special_tokens=False)
+                length += len(tokens)
+                made["content"] = [{"type": "prompt_embeds", "data": self._file(tokens)}]
+            messages.append(made)
+        body = self._body(request, length) | dict(request.tools) | {"messages": messages}
+        if "max_tokens" not in request.sampling:
+            del body["max_tokens"]  # the server knows how much its template takes
+        if request.top_logprobs is not None:
+            body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
+        reader = StreamReader(request.choices, as_chat=True)
+        async for event in self._client.events("/v1/chat/completions", body):
+            for delta in reader.read(event):
+                if delta.usage is not None and delta.usage.prompt_tokens < length:
+                    raise _miscounted(delta.usage.prompt_tokens, f"at least {length}")
+                yield delta
+        reader.check_ended()
 
     async def _compare_tokenizers(self, text: str) -> None:
         answer = await self._client.post(
@@ -148,6 +176,13 @@ class VllmEngine:
                 f"The engine at {self._client.address} has another embedding table than {self._local.directory.path}.",
                 remedy="Give --model the folder of the very model that it serves, or use --transport tokens.",
             )
+
+
+def _miscounted(read: int, sent: str) -> EngineProtocolError:
+    return EngineProtocolError(
+        f"The engine read {read} prompt tokens where {sent} were sent.",
+        remedy="It changes prompts, or counts them otherwise: use a stock vLLM.",
+    )
 
 
 def _probed(answer: dict[str, Any]) -> tuple[list[str], list[float]]:
