@@ -15,7 +15,7 @@ from cloister.isolation.secret_memory import Secret, wipe_bytes
 
 HOLDER = """
 import sys, os, ctypes
-from cloister.isolation.secret_memory import Secret
+from cloister.isolation.secret_memory import Secret, overwrite_leftovers
 from cloister.isolation.hardening import harden
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 if uid := int(sys.argv[1]):
@@ -27,6 +27,7 @@ for i in range(len(key)):
 secret = Secret.hold(key)
 with secret.bytes() as copy:
     AESGCM(copy).encrypt(bytes(12), b"used once", None)
+overwrite_leftovers()
 plain = bytearray(os.getrandom(32))  # what ordinary memory looks like to the same reader
 print(secret.kind, secret._address, ctypes.addressof(ctypes.c_char.from_buffer(plain)), plain.hex(), flush=True)
 sys.stdin.readline()

@@ -133,8 +133,8 @@ def test_a_worker_killed_in_the_middle_changes_no_token(expected: str) -> None:
         reply = model.chat(CHAT, **GREEDY)
         for count, _ in enumerate(reply):
             if count == 3:
-                for child in psutil.Process(model._process.pid).children():
-                    child.kill()
+                for pid in model._workers.pids:
+                    os.kill(pid, signal.SIGKILL)
         assert reply.text == expected
     incidents = [event for event in events if isinstance(event, Event)]
     assert len(incidents) == 1
@@ -150,7 +150,7 @@ def test_a_hanging_worker_changes_no_token(expected: str) -> None:
         stopped = False
         for _ in reply:
             if not stopped:
-                psutil.Process(model._process.pid).children()[0].suspend()
+                os.kill(model._workers.pids[0], signal.SIGSTOP)
                 stopped = True
         assert reply.text == expected
     assert ["0.5 s" in event.reason for event in events] == [True]
@@ -171,7 +171,7 @@ def test_a_cheating_worker_is_named(expected: str) -> None:
 
 def test_a_lost_enclave_is_reported_and_leaves_no_process() -> None:
     model = LLM(demo_model())
-    children = psutil.Process(model._process.pid).children()
+    children = [psutil.Process(pid) for pid in (model._process.pid, *model._workers.pids)]
     os.kill(model._process.pid, signal.SIGKILL)
     with pytest.raises(EnclaveLostError, match="exit code -9"):
         _ = model.chat(CHAT).text

@@ -10,7 +10,6 @@ import os
 import socket
 import struct
 import subprocess
-import sys
 from typing import Final
 
 import numpy as np
@@ -23,6 +22,8 @@ from cloister.errors import (
     AcceleratorTimeoutError,
     WireError,
 )
+from cloister.isolation.confinement import Confinement, gpu_devices, kernel_cache
+from cloister.isolation.launch import command
 from cloister.settings import Backend
 from cloister.wire.codec import (
     HEADER_BYTES,
@@ -81,22 +82,8 @@ class SharedMemoryAccelerator:
         Raises:
             AcceleratorLostError: no process can be started.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            command = [sys.executable, "-I", "-m", "cloister.accelerator.worker", "--fd", str(theirs.fileno())]
-            try:
-                process = subprocess.Popen(
-                    [*command, "--backend", backend.value, "--threads", str(threads)],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,  # what we print must hold nothing that a worker wrote
-                    env={name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ},
-                    start_new_session=True,
-                )
-            except OSError as error:
-                ours.close()
-                raise AcceleratorLostError(f"The worker {label} cannot be started: {error.strerror}.") from error
-        return SharedMemoryAccelerator(ours, process, label)
+        sock, process = launch_worker(label, backend, threads)
+        return SharedMemoryAccelerator(sock, process, label)
 
     @property
     def name(self) -> str:
@@ -333,3 +320,28 @@ class SharedMemoryAccelerator:
         self._closed = "closed after a failure"
         self._sock.close()
         return error
+
+
+def launch_worker(label: str, backend: Backend, threads: int) -> "tuple[socket.socket, subprocess.Popen[bytes]]":
+    """Returns the client's end of the socket of a new worker, and its process: confined to its socket, the kernels and a GPU.
+
+    Raises:
+        AcceleratorLostError: no process can be started.
+    """
+    confinement = Confinement(write=tuple(kernel_cache()), gpu=bool(gpu_devices()))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        arguments = ["--fd", str(theirs.fileno()), "--backend", backend.value, "--threads", str(threads)]
+        try:
+            process = subprocess.Popen(
+                command(confinement, "cloister.accelerator.worker", *arguments),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # what we print must hold nothing that a worker wrote
+                env={name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ},
+                start_new_session=True,
+            )
+        except OSError as error:
+            ours.close()
+            raise AcceleratorLostError(f"The worker {label} cannot be started: {error.strerror}.") from error
+    return ours, process

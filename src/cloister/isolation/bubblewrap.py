@@ -1,7 +1,8 @@
 """Wraps a command in bubblewrap: a file system with nothing in it but what is named, no network, no other processes.
 
-Covers: the command line. Guarantees: nothing is found by a search path that the environment sets; without bubblewrap the caller
-is told, and confines the process from inside instead. Does not cover: set-user-id installations, which are not used.
+Covers: the command line. Guarantees: nothing is found by a search path that the environment sets; without bubblewrap the
+caller is told, and confines the process from inside instead.
+Does not cover: set-user-id installations of bubblewrap, which are not used.
 """
 
 import os

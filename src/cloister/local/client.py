@@ -8,7 +8,6 @@ The enclave process on a plain machine is a software stand-in: it is separate, b
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -20,6 +19,8 @@ import msgspec
 
 from cloister import errors
 from cloister.errors import CloisterError, EnclaveLostError, RequestError
+from cloister.local.sandbox import enclave_command, enclave_confinement
+from cloister.local.workers import WorkerStarter
 from cloister.settings import Settings
 from cloister.wire.session import (
     AskSightings,
@@ -97,21 +98,26 @@ class LLM:
         self._listener = listener
         self._generating = False
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        settings = settings or Settings()
+        model, named = _resolved(directory), {name: _resolved(path) for name, path in (adapters or {}).items()}
+        confinement = enclave_confinement([Path(path) for path in (model, *named.values())], settings)
+        environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         ours, theirs = socket.socketpair()
         self._session = SessionSocket(ours)
-        with theirs:
+        self._workers = WorkerStarter(settings.accelerator)
+        with theirs, self._workers.theirs as launcher:
+            handed = [theirs.fileno(), launcher.fileno()]
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-m", "cloister.local.enclave_process", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
+                enclave_command(confinement, environment, *map(str, handed)),
+                pass_fds=handed,
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
-                env={name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ},
+                env=environment,
                 start_new_session=True,  # Ctrl-C in the terminal stops the generation, not the enclave
             )
         try:
-            named = {name: _resolved(path) for name, path in (adapters or {}).items()}
-            self._send(Open(_resolved(directory), _plain(settings or Settings()), rehearsal or Rehearsal(), named))
+            self._send(Open(model, _plain(settings), rehearsal or Rehearsal(), named))
             self.info = self._await_ready()
         except BaseException:
             self.close()
@@ -166,6 +172,7 @@ class LLM:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._workers.close()
         self._log.close()
 
     def __enter__(self) -> "LLM":
@@ -219,7 +226,11 @@ class LLM:
             raise (self._lost() if isinstance(error.__cause__, OSError) else error) from error
 
     def _receive(self) -> FromEnclave:
-        message = self._session.receive_from_enclave()
+        try:
+            message = self._session.receive_from_enclave()
+        except errors.WireError as error:
+            self._generating = False
+            raise (self._lost() if isinstance(error.__cause__, OSError) else error) from error
         if message is None:
             self._generating = False
             raise self._lost()

@@ -1,7 +1,7 @@
-"""The enclave process of this machine: `python -m cloister.local.enclave_process FD`. Wires engine and accelerators.
+"""The enclave process of this machine: `cloister.local.enclave_process FD FD`. Wires engine and accelerators.
 
-On a plain machine this is a software stand-in for a trusted execution environment: a process of its own, with nothing
-but its socket, but not protected from the host. It says so in the message that it is ready with.
+On a plain machine this is a software stand-in for a trusted execution environment: a process of its own, confined to its
+model and its sockets (`local.sandbox`), but not protected from root. It says so in the message that it is ready with.
 """
 
 import socket
@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from cloister.accelerator.api import Accelerator
+from cloister.accelerator.shared import SharedMemoryAccelerator
 from cloister.arith.team import Team, usable_cores
 from cloister.audit.observer import Observer
 from cloister.audit.tamper import Tamper
@@ -21,10 +22,12 @@ from cloister.enclave.engine import Engine
 from cloister.enclave.prepare import prepare
 from cloister.enclave.session import Session, failure, report
 from cloister.errors import AcceleratorError, CloisterError, WireError
+from cloister.isolation.launch import applied
 from cloister.local.accelerators import open_accelerators
 from cloister.local.assembly import assemble, outside, register, release
 from cloister.local.voices import check_name, describe, voice_of
 from cloister.local.workbench import chosen_plan
+from cloister.local.workers import StartWorker, asking
 from cloister.model.adapters import Adapter, open_adapter
 from cloister.model.directory import ModelDirectory, open_model
 from cloister.plan.plan import InsecurePlan, Plan
@@ -51,8 +54,9 @@ def rehearse(accelerators: Sequence[Accelerator], rehearsal: Rehearsal) -> tuple
 class EnclaveProcess:
     """Opens one model and serves one client."""
 
-    def __init__(self, session: SessionSocket) -> None:
+    def __init__(self, session: SessionSocket, start: StartWorker = SharedMemoryAccelerator.start) -> None:
         self._session = session
+        self._start = start
         self._accelerators: list[Accelerator] = []
         self._mill: Mill | None = None
 
@@ -83,10 +87,10 @@ class EnclaveProcess:
         spec = directory.spec
         adapters = self._adapters(request.adapters, directory)
         rank = max((rank for adapter in adapters for rank in adapter.ranks.values()), default=0)
-        plan = chosen_plan(spec, settings, rank, partial(self._progress, "calibrating", "steps"))
+        plan = chosen_plan(spec, settings, rank, partial(self._progress, "calibrating", "steps"), self._start)
         schedule = outside(plan)
         if schedule.uses_accelerators:  # they start up while the model is read
-            self._accelerators = open_accelerators(settings.accelerator)
+            self._accelerators = open_accelerators(settings.accelerator, self._start)
         source, team = PadSource(), Team(usable_cores())
         model = prepare(
             directory.checkpoint, spec, settings.blinding, source, team=team,
@@ -119,7 +123,7 @@ class EnclaveProcess:
                 max_context=parts.forward.max_context,
                 has_chat_template=directory.tokenizer.has_chat_template,
                 accelerators=parts.gate.accelerators,
-                tee=STAND_IN,
+                tee=f"{STAND_IN}; {applied() or 'not confined'}",
                 policy=plan.policy,
                 plan=plan.digest(),
                 warning=INSECURE.format(plan.policy) if isinstance(plan, InsecurePlan) else "",
@@ -163,9 +167,10 @@ def sightings(observer: Observer) -> Sightings:
 
 
 def main() -> int:
-    """Runs the enclave process on an inherited socket; returns the exit code."""
-    with socket.socket(fileno=int(sys.argv[1])) as sock:
-        process = EnclaveProcess(SessionSocket(sock))
+    """Runs the enclave process on two inherited sockets, its session and its launcher's; returns the exit code."""
+    session, launcher = (socket.socket(fileno=int(number)) for number in sys.argv[1:3])
+    with session as sock, launcher:
+        process = EnclaveProcess(SessionSocket(sock), asking(launcher))
         try:
             process.run()
         except WireError:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Final
 
 from cloister.accelerator.api import Accelerator
+from cloister.accelerator.shared import SharedMemoryAccelerator
 from cloister.arith.team import Team, usable_cores
 from cloister.blinding.pads import PadSource
 from cloister.enclave.prepare import EnclaveModel
@@ -19,6 +20,7 @@ from cloister.local.accelerators import open_accelerators
 from cloister.local.assembly import assemble, outside
 from cloister.local.calibrate import calibrate
 from cloister.local.random_model import random_model
+from cloister.local.workers import StartWorker
 from cloister.model.spec import ModelSpec
 from cloister.plan.cost import Calibration
 from cloister.plan.plan import InsecurePlan, Plan
@@ -47,8 +49,9 @@ def layers_for(spec: ModelSpec) -> int:
 class Workbench:
     """A model of random weights and the configured accelerators. Use it as a context manager."""
 
-    def __init__(self, spec: ModelSpec, settings: Settings) -> None:
+    def __init__(self, spec: ModelSpec, settings: Settings, start: StartWorker = SharedMemoryAccelerator.start) -> None:
         self._spec = spec
+        self._start = start
         self._settings = settings
         self._source = PadSource()
         self._model = self._made(layers_for(spec))
@@ -110,7 +113,9 @@ class Workbench:
     def _started(self) -> Sequence[Accelerator]:
         """Returns the first accelerator, holding the weights; it is started when it is first needed."""
         if not self._accelerators:
-            self._accelerators = open_accelerators(dataclasses.replace(self._settings.accelerator, workers=1))[:1]
+            self._accelerators = open_accelerators(
+                dataclasses.replace(self._settings.accelerator, workers=1), self._start
+            )[:1]
             for accelerator in self._accelerators:
                 for linear in self._model.public_linears:
                     accelerator.register(linear.weight)
@@ -118,11 +123,15 @@ class Workbench:
 
 
 def chosen_plan(
-    spec: ModelSpec, settings: Settings, adapter_rank: int = 0, report: Report | None = None
+    spec: ModelSpec,
+    settings: Settings,
+    adapter_rank: int = 0,
+    report: Report | None = None,
+    start: StartWorker = SharedMemoryAccelerator.start,
 ) -> Plan | InsecurePlan:
     """Returns the plan that `settings` ask for; the policy `auto` calibrates this machine first, which takes seconds."""
     if settings.plan.policy != "auto":
         return planned(spec, settings, adapter_rank=adapter_rank)
-    with Workbench(spec, settings) as bench:
+    with Workbench(spec, settings, start) as bench:
         calibration = bench.calibrate(report)
     return planned(spec, settings, adapter_rank=adapter_rank, calibration=calibration)

@@ -1,0 +1,51 @@
+"""What the enclave process of this machine may do: read the model, write the cache of compiled kernels, use its sockets."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Final
+
+from cloister.isolation import bubblewrap
+from cloister.isolation.confinement import Confinement, kernel_cache
+from cloister.isolation.launch import command
+from cloister.settings import Settings
+
+MODULE: Final = "cloister.local.enclave_process"
+
+_NAMES: Final = (
+    "/etc/hosts", "/etc/resolv.conf", "/etc/nsswitch.conf", "/etc/host.conf", "/etc/gai.conf", "/run/systemd/resolve",
+)  # fmt: skip
+"""What looking up the address of an accelerator reads."""
+
+
+def enclave_confinement(folders: Iterable[Path], settings: Settings) -> Confinement:
+    """Returns what an enclave may do that reads these folders."""
+    ports = tuple(sorted({int(port) for _, _, port in _parts(settings.accelerator.addresses) if port.isdecimal()}))
+    read = {str(path) for folder in folders for path in _reachable(folder)}
+    if settings.plan.rules:
+        read.add(str(Path(settings.plan.rules).resolve()))
+    if ports:
+        read.update(_NAMES)
+    return Confinement(
+        read=tuple(sorted(path for path in read if Path(path).exists())), write=tuple(kernel_cache()), connect=ports
+    )
+
+
+def enclave_command(confinement: Confinement, environment: Mapping[str, str], *arguments: str) -> list[str]:
+    """Returns the command that starts an enclave: inside bubblewrap where there is one."""
+    program = bubblewrap.find()
+    if program is None:
+        return command(confinement, MODULE, *arguments)
+    inside = Confinement(
+        read=confinement.read, write=confinement.write, connect=confinement.connect, gpu=confinement.gpu, inside=True
+    )
+    return bubblewrap.wrapped(program, command(inside, MODULE, *arguments), inside, environment)
+
+
+def _reachable(folder: Path) -> list[Path]:
+    """Returns a folder and what its links lead to: download caches keep the files elsewhere."""
+    links = [path.resolve() for path in folder.iterdir() if path.is_symlink()] if folder.is_dir() else []
+    return [folder, *links]
+
+
+def _parts(addresses: Iterable[str]) -> list[tuple[str, str, str]]:
+    return [address.rpartition(":") for address in addresses]

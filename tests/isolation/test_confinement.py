@@ -1,0 +1,228 @@
+"""What a confined process can and cannot do: every probe is a process that really tries."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cloister.errors import IsolationError
+from cloister.isolation import bubblewrap, landlock
+from cloister.isolation.confinement import Confinement, confine, interpreter_files
+from cloister.isolation.launch import command
+from tests.isolation.test_secret_memory import Holder
+
+PROBE = """
+import ctypes, json, os, socket, subprocess, sys, threading
+sys.path[:] = {path!r}
+from cloister.isolation.confinement import Confinement, confine
+from tests.isolation import readers
+words = json.loads(sys.argv[1])
+applied = confine(Confinement.decode(words["confinement"]))
+def attempt(action):
+    try:
+        return action() or "done"
+    except (OSError, subprocess.SubprocessError) as error:
+        return type(error).__name__
+def reach(family, kind, address):
+    with socket.socket(family, kind) as sock:
+        sock.settimeout(2)
+        sock.connect(address)
+        sock.send(b"x")
+def listen():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0)); sock.listen()
+def in_a_thread(action):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(attempt(action)))
+    thread.start(); thread.join()
+    return found[0]
+library = ctypes.CDLL(None, use_errno=True)
+def traced():
+    if library.ptrace(16, words["pid"], None, None):  # PTRACE_ATTACH
+        raise OSError(ctypes.get_errno(), "ptrace")
+def spaces():
+    if library.unshare(0x10000000):
+        raise OSError(ctypes.get_errno(), "unshare")
+def pathless():  # a memory file is no file of the disk, and may be made, but not run
+    fd = os.memfd_create("program"); os.write(fd, open(words["allowed"], "rb").read()); os.execve(fd, ["x"], {{}})
+result = {{
+    "read allowed": attempt(lambda: open(words["allowed"]).read() and None),
+    "read other": attempt(lambda: open(words["other"]).read() and None),
+    "read passwd": attempt(lambda: open("/etc/passwd").read() and None),
+    "list home": attempt(lambda: os.listdir(words["home"]) and None),
+    "write allowed": attempt(lambda: open(words["cache"] + "/new", "w").write("x") and None),
+    "write beside": attempt(lambda: open(words["allowed"] + ".new", "w").write("x") and None),
+    "write temporary": attempt(lambda: open("/var/tmp/cloister-probe", "w").write("x") and None),
+    "connect tcp": attempt(lambda: reach(socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", words["port"]))),
+    "connect udp": attempt(lambda: reach(socket.AF_INET, socket.SOCK_DGRAM, ("127.0.0.1", words["port"]))),
+    "connect unix": attempt(lambda: reach(socket.AF_UNIX, socket.SOCK_STREAM, words["unix"])),
+    "connect in a thread": in_a_thread(lambda: reach(socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", words["port"]))),
+    "listen": attempt(listen),
+    "start a program": attempt(lambda: subprocess.run(["/bin/true"], check=True) and None),
+    "run memory": attempt(pathless),
+    "ptrace": attempt(traced),
+    "leave": attempt(spaces),
+    "signal": attempt(lambda: os.kill(words["pid"], 0)),
+    "mem": readers.by_memory_file(words["pid"], words["address"], 32),
+    "vm": readers.by_process_vm(words["pid"], words["address"], 32),
+    "plain": readers.by_memory_file(words["pid"], words["plain"], 32),
+    "scan": readers.scan(words["pid"], b"anything at all"),
+    "capabilities": [line.split()[1] for line in open("/proc/self/status") if line.startswith("CapEff")][0],
+    "pair": attempt(lambda: [sock.close() for sock in socket.socketpair()] and None),
+    "layers": applied.layers, "missing": applied.missing,
+}}
+print(json.dumps(result))
+"""
+
+ALLOWED = {"read allowed", "write allowed", "pair"}
+
+
+@pytest.fixture
+def holder() -> Iterator[Holder]:
+    made = Holder(0)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        yield sock
+
+
+@pytest.fixture
+def unix(tmp_path: Path) -> Iterator[str]:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "s"))
+        sock.listen()
+        yield str(tmp_path / "s")
+
+
+def words(tmp_path: Path, holder: Holder, listener: socket.socket, unix: str, **changes: object) -> dict[str, object]:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("public")
+    (tmp_path / "other").write_text("secret")
+    (tmp_path / "cache").mkdir()
+    confinement = Confinement(read=(str(tmp_path / "model"),), write=(str(tmp_path / "cache"),), **changes)
+    return {
+        "confinement": confinement.encode(), "allowed": str(tmp_path / "model" / "weights"), "other": str(tmp_path / "other"),
+        "home": str(Path.home()), "cache": str(tmp_path / "cache"), "port": listener.getsockname()[1], "unix": unix,
+        "pid": holder.process.pid, "address": holder.secret, "plain": holder.plain,
+    }  # fmt: skip
+
+
+def probe(asked: dict[str, object], wrap: bool = False) -> dict[str, object]:
+    root = Path(__file__).parents[2]
+    code = PROBE.format(path=[str(root), *sys.path])
+    line = [sys.executable, "-I", "-c", code, json.dumps(asked)]
+    if wrap:
+        program = bubblewrap.find()
+        if program is None:
+            pytest.skip("bubblewrap is not installed, or does not work here")
+        confinement = Confinement.decode(str(asked["confinement"]))
+        files = Confinement(read=(*confinement.read, str(root / "tests")), write=confinement.write, inside=True)
+        line = bubblewrap.wrapped(program, line, files, {})
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, object] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("wrap", [False, True], ids=["from inside", "in bubblewrap"])
+def test_an_enclave_reaches_its_model_and_nothing_else(
+    tmp_path: Path, holder: Holder, listener: socket.socket, unix: str, wrap: bool
+) -> None:
+    found = probe(words(tmp_path, holder, listener, unix, inside=wrap), wrap)
+    if "Landlock" not in found["layers"]:
+        pytest.skip(f"this machine has no Landlock: {found['missing']}")
+    for name in ("mem", "vm", "plain", "scan"):
+        assert found.pop(name) == "refused", name
+    assert int(str(found.pop("capabilities")), 16) == 0
+    assert {name for name, outcome in found.items() if outcome == "done"} == ALLOWED
+    assert not (tmp_path / "model" / "weights.new").exists()
+
+
+def test_a_worker_reads_no_key_and_no_other_memory(
+    tmp_path: Path, holder: Holder, listener: socket.socket, unix: str
+) -> None:
+    """A worker without a GPU has the same walls; with one, it may start compilers of the system, and still reads nobody."""
+    found = probe(words(tmp_path, holder, listener, unix, gpu=True))
+    for name in ("mem", "vm", "plain", "scan"):
+        assert found[name] == "refused", name
+    for name in (
+        "read other",
+        "read passwd",
+        "write beside",
+        "write temporary",
+        "connect tcp",
+        "connect udp",
+        "listen",
+        "ptrace",
+    ):
+        assert found[name] != "done", name
+    assert found["start a program"] == "done"
+
+
+def test_an_enclave_with_a_remote_accelerator_reaches_that_port_alone(
+    tmp_path: Path, holder: Holder, listener: socket.socket, unix: str
+) -> None:
+    port = listener.getsockname()[1]
+    if landlock.abi() < 4:
+        pytest.skip("this kernel's Landlock does not know ports")
+    with socket.create_server(("127.0.0.1", 0)) as second:
+        asked = words(tmp_path, holder, listener, unix, connect=(port,))
+        assert probe(asked)["connect tcp"] == "done"
+        other = probe({**asked, "port": second.getsockname()[1]})
+    assert other["connect tcp"] == "PermissionError"
+    assert other["listen"] == "PermissionError"
+    assert other["start a program"] != "done"
+
+
+def test_only_the_two_modules_are_started_this_way() -> None:
+    done = subprocess.run(command(Confinement(), "http.server"), capture_output=True, check=False)
+    assert done.returncode == 2
+    for word in ("", "{}x", '{"network": true}', '{"read": 1}'):
+        with pytest.raises(IsolationError):
+            Confinement.decode(word)
+
+
+def test_what_the_interpreter_needs_is_named() -> None:
+    folders = interpreter_files()
+    assert any(Path(os.__file__).resolve().is_relative_to(folder) for folder in folders)
+    assert Path("/") not in folders
+
+
+def test_a_kernel_without_seccomp_refuses_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cloister.isolation import confinement
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(22, "Invalid argument")
+
+    for name in ("harden", "_leave_name_spaces", "_drop_capabilities", "_landlock"):
+        monkeypatch.setattr(confinement, name, lambda *_, **__: None)
+    monkeypatch.setattr(confinement.seccomp, "deny", refuse)
+    with pytest.raises(IsolationError, match="cannot be confined"):
+        confine(Confinement())
+
+
+FORKED = """
+import os
+from cloister.isolation.secret_memory import Secret
+secret = Secret.random(32)
+pid = os.fork()
+if pid == 0:
+    with secret.bytes():  # the page is not there: this ends the child
+        os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+def test_secrets_do_not_reach_a_child() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == -signal.SIGSEGV
