@@ -62,6 +62,11 @@ def await_rows(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     """Waits until the next order is posted or the ring is stopped; copies its rows to `x` and notes it in `state`.
 
     Grid: any number of programs; each waits for itself and copies every such block of the rows in turn.
+
+    The ring may be stopped while an order is posted, and the programs may see that in different order. They must not disagree:
+    if program 0 lets the product run, all must have copied. So both words are read again after the wait. Program 0 lets
+    it run only if the ring was not stopped after it saw the order; then a program that left because of the stop looks for the
+    order later still, and finds it.
     """
     turn = tl.load(state_ptr + 2)
     posted = tl.load(ring_ptr + _REQUESTED, volatile=True)
@@ -70,15 +75,16 @@ def await_rows(  # type: ignore[no-untyped-def]  # noqa: PLR0913
         posted = tl.load(ring_ptr + _REQUESTED, volatile=True)
         stop = tl.load(ring_ptr + _STOP, volatile=True)
     slot = _fenced(turn & _SLOT_MASK)
+    posted = tl.load(ring_ptr + _REQUESTED, volatile=True)
+    stop = tl.load(ring_ptr + _STOP, volatile=True)
     order = ring_ptr + _ORDERS + slot * _LINE
     rows = tl.minimum(tl.load(order + _ROWS, volatile=True), most_rows)
     rows = tl.where(tl.load(order + _WEIGHT, volatile=True) == weight, rows, _MISMATCH)
-    rows = tl.where(stop == 0, rows, _STOPPED)
     if tl.program_id(0) == 0:
-        tl.store(state_ptr, rows)
+        tl.store(state_ptr, tl.where(stop == 0, rows, _STOPPED))
         tl.store(state_ptr + 1, slot)
     source = ring_ptr + requests + slot.to(tl.int64) * request_words
-    words = rows * d_in
+    words = tl.where(posted == turn, 0, rows) * d_in
     for first in range(tl.program_id(0) * BLOCK, words, tl.num_programs(0) * BLOCK):
         word = first + tl.arange(0, BLOCK)
         tl.store(x_ptr + word, tl.load(source + word, mask=word < words, other=0, volatile=True), mask=word < words)
