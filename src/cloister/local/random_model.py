@@ -35,7 +35,7 @@ SMOKE: Final = dataclasses.replace(
     windows=(None,) * 2,
 )
 
-_STRETCH: Final = 2**25 - 39
+_STRETCH: Final = 2**22 - 3
 """Weights that are drawn before they repeat: a prime, so that no two rows are alike."""
 
 
