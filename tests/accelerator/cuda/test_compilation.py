@@ -12,7 +12,7 @@ import pytest
 from cloister.accelerator.cuda.configurations import Family, all_families, family_of, parse_family
 from cloister.errors import SettingsError
 
-SHARED_BYTES = {8: 99 * 1024, 9: 227 * 1024}
+SHARED_BYTES = {8: 99 * 1024, 9: 227 * 1024, 10: 227 * 1024, 12: 99 * 1024}
 """Shared memory that one program may use, by major compute capability; the smallest of the family."""
 
 

@@ -49,7 +49,7 @@ class Compiled:
 
 def inspect_family(family: Family) -> Iterator[Compiled]:
     """Yields every kernel in every configuration of a family, compiled for each of its compute capabilities."""
-    for major, minor in family.capabilities or ((8, 0), (9, 0)):
+    for major, minor in family.capabilities or ((8, 0), (9, 0), (10, 0), (12, 0)):
         capability = 10 * major + minor
         for decode in family.decode:
             constants = {"BLOCK_N": decode.block_n, "BLOCK_K": decode.block_k, "SPLIT_K": 8, "EVEN_K": True}

@@ -13,8 +13,8 @@ from cloister.bench.record import Record
 
 COMMAND: Final = "make bench-gpu"
 
-_SANITIZER_SECONDS: Final = 90.0
-_KERNEL_SHARE: Final = 0.35
+_SANITIZER_SECONDS: Final = 60.0
+_KERNEL_SHARE: Final = 0.3
 """Most of the remaining time that the kernels may take; the rest is for whole models."""
 
 
