@@ -18,8 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="toy sizes in Triton's interpreter: does it run at all?")
     parser.add_argument("--tune", type=Path, metavar="FILE", help="instead: measure tile sizes and write a family file")
     options = parser.parse_args(arguments)
-    if options.smoke:
-        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+    os.environ["TRITON_INTERPRET"] = "1" if options.smoke else "0"  # before anything imports triton
 
     from rich.console import Console
 

@@ -78,7 +78,7 @@ def machine() -> dict[str, Any]:
         lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = lines[0].split(":", 1)[1].strip() if lines else ""
     versions = {}
-    for name in ("numpy", "numba", "llvmlite", "torch", "transformers", "onnxruntime"):
+    for name in ("numpy", "numba", "llvmlite", "torch", "triton", "transformers", "onnxruntime"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
