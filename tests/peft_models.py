@@ -69,6 +69,15 @@ def write_adapter(base: Path, directory: Path, seed: int = 1, **options: Any) ->
         trained = [(name, parameter) for name, parameter in made.named_parameters() if parameter.requires_grad]
         _randomise(trained, torch.Generator().manual_seed(seed), spread=0.2)
         made.save_pretrained(directory)
+    return read_adapter(base, directory)
+
+
+def read_adapter(base: Path, directory: Path) -> Any:
+    """Returns PEFT's own model of an adapter."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         return peft.PeftModel.from_pretrained(_load(base), directory).eval()
 
 

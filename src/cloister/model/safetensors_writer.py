@@ -35,8 +35,11 @@ class SafetensorsWriter:
         """Writes a tensor: float32, float16, or uint16 holding bfloat16 bits.
 
         Raises:
+            ValueError: there is a tensor of that name already.
             OSError: the disk is full, or the file cannot be written.
         """
+        if name in self._header:
+            raise ValueError(f"the tensor {name} is written twice")
         data = np.ascontiguousarray(values)
         start, self._end = self._end, self._end + data.nbytes
         self._header[name] = {

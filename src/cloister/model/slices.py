@@ -125,7 +125,7 @@ class _Slicer:
 
     def linears(self, writer: SafetensorsWriter) -> Iterator[SlicedLayer]:
         """Writes A and B of every linear layer, and yields what became of it."""
-        modules = [module for module in map(_module, self._shapes) if self._is_linear(module)]
+        modules = [_module(t) for t in self._shapes if t.endswith(".weight") and self._is_linear(_module(t))]
         for done, module in enumerate(modules, 1):
             yield self._linear(writer, module)
             self._progress("slicing", done, len(modules))
