@@ -8,16 +8,19 @@ from rich.console import Console
 
 from cloister.assets import demo_model
 from cloister.audit.baselines.schemes import SCHEMES
-from cloister.audit.leakage import PADDED, POLICIES, PUBLIC, Leakage, measure_leakage
+from cloister.audit.leakage import Leakage, measure_leakage
+from cloister.audit.watched import PADDED, POLICIES, PUBLIC
 from cloister.bench import leakage as bench
+from cloister.bench.leakage import DIFFERENT
 from cloister.errors import SettingsError
+from cloister.plan.policies import POLICIES as PLANNED
 
 TOKENS = 1024
 
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Leakage]:
-    return {policy: measure_leakage(policy, most_tokens=TOKENS) for policy in POLICIES}
+    return {policy: measure_leakage(policy, most_tokens=TOKENS) for policy in DIFFERENT}
 
 
 def test_every_policy_reports_every_linear(measured: dict[str, Leakage]) -> None:
@@ -33,13 +36,26 @@ def test_every_policy_reports_every_linear(measured: dict[str, Leakage]) -> None
         assert max(leakage.bits.values()) == leakage.worst.bits_per_token
 
 
-@pytest.mark.parametrize("policy", PADDED)
+@pytest.mark.parametrize("policy", ["blinded", "slalom"])
 def test_under_pads_every_attack_is_at_chance(policy: str, measured: dict[str, Leakage]) -> None:
     for operator in measured[policy].operators:
         assert operator.rows == TOKENS
         assert operator.prompt is not None
         assert operator.prompt.at_chance(1 - 1e-6)
         assert operator.bits_per_token == 0
+
+
+@pytest.mark.parametrize(("policy", "lent"), [("secureinfer-strict", [16]), ("secureinfer", list(range(17)))])
+def test_both_readings_of_secureinfer_lend_what_they_say_under_pads(policy: str, lent: list[int]) -> None:
+    leakage = measure_leakage(policy, most_tokens=512)
+    assert [index for index, operator in enumerate(leakage.operators) if operator.rows] == lent
+    assert [index for index, operator in enumerate(leakage.operators) if operator.weights] == lent
+    assert leakage.padded
+    assert set(leakage.bits.values()) == {0.0}
+
+
+def test_every_policy_of_the_planner_can_be_measured() -> None:
+    assert set(PLANNED) == set(POLICIES)
 
 
 def test_an_enclave_alone_shows_nothing(measured: dict[str, Leakage]) -> None:

@@ -16,15 +16,11 @@ from typing import Final
 
 import numpy as np
 
-from cloister.accelerator.inprocess import InProcessAccelerator
 from cloister.arith.team import Team
 from cloister.assets import demo_model
-from cloister.audit.baselines.exposure import ExposureObserver
-from cloister.audit.baselines.gate import Delta, no_slices, open_baseline
-from cloister.audit.baselines.schemes import SCHEMES
-from cloister.audit.baselines.slalom import open_slalom
+from cloister.audit.baselines.gate import Delta
 from cloister.audit.inversion import Dictionary, PromptRecovery, attack_rows
-from cloister.audit.observer import Observer
+from cloister.audit.watched import MEMORY_BYTES, PADDED, PUBLIC, Seen, require_measurable, watch
 from cloister.audit.weight_matching import (
     Arrows,
     WeightRecovery,
@@ -35,27 +31,14 @@ from cloister.audit.weight_matching import (
     true_weight,
     undisguise,
 )
-from cloister.blinding.linear import LentLinear
 from cloister.blinding.pads import PadSource
-from cloister.blinding.pantry import Pantry
 from cloister.enclave.forward import Forward, LinearGate
 from cloister.enclave.kernels import rms_norm
 from cloister.enclave.kvcache import PagedKVCache
-from cloister.enclave.outsource import Gate
 from cloister.enclave.prepare import EnclaveModel, prepare
 from cloister.errors import SettingsError
 from cloister.model.directory import open_model
-from cloister.plan.consent import InsecureConsent
-from cloister.settings import BlindingSettings, Prefill, Settings
-
-PADDED: Final = ("blinded", "slalom")
-"""Policies under which every row that the accelerator sees is under a one-time pad."""
-
-PUBLIC: Final = (*PADDED, "public-backbone")
-"""Policies that lend public weights only; what is private about the model is computed inside."""
-
-POLICIES: Final = ("enclave-only", *PADDED, *SCHEMES)
-"""Every policy that can be measured."""
+from cloister.settings import BlindingSettings
 
 WINDOW: Final = 128
 """Tokens per pass; each window is a prompt of its own."""
@@ -67,9 +50,6 @@ LEAST_WINDOWS: Final = 4
 
 ATTACKED: Final = 3
 """One in this many windows (the last ones) is attacked; the others are known to the attacker."""
-
-MEMORY_BYTES: Final = 2**30
-"""Most bytes of rows that the observer keeps; a larger model is run on fewer tokens."""
 
 PRIVATE_CHANGE: Final = 0.05
 """How far, in length, the simulated public base is from each row of the private weight."""
@@ -148,7 +128,7 @@ def measure_leakage(
     most_tokens: int = MOST_TOKENS,
     progress: Progress | None = None,
 ) -> Leakage:
-    """Returns what the accelerator learns under `policy` (one of `POLICIES`) when the model in `directory` reads `text`.
+    """Returns what the accelerator learns under `policy` (one of `watched.POLICIES`) when the model in `directory` reads `text`.
 
     The default model is the shipped one, the default text its held-out stories. `shielded` and `delta`: as for
     `open_baseline` (without a delta, `public-backbone` runs with slices of zero). `base`: the public model that this one was
@@ -158,8 +138,7 @@ def measure_leakage(
         SettingsError: the policy is unknown, or the text is too short to train and attack.
         ModelError: a model cannot be read, or the base has another shape.
     """
-    if policy not in POLICIES:
-        raise SettingsError(f"No measurable policy is called {policy!r}.", remedy=f"Known: {', '.join(POLICIES)}.")
+    require_measurable(policy)
     team = Team()
     opened = open_model(directory or demo_model())
     model = prepare(opened.checkpoint, opened.spec, BlindingSettings(), PadSource(), team=team)
@@ -168,7 +147,7 @@ def measure_leakage(
     opened.checkpoint.close()
     bases = _base_weights(base, model, team) if base is not None else None
     windows = _windows(tokens, model, policy, most_tokens)
-    gate, seen = _open(policy, model, team, shielded, delta)
+    gate, seen = watch(policy, model, team, shielded, delta)
     _run(model, gate, windows, progress)
     report = _Attacker(policy, model, seen, windows, bases)
     operators = []
@@ -187,15 +166,6 @@ def measure_leakage(
     )
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What an accelerator saw, whichever observer watched it."""
-
-    rows: Callable[[int], np.ndarray | None]
-    weight: Callable[[int], np.ndarray | None]
-    """The weight as floats, in the form and order in which the accelerator has it."""
-
-
 class _Attacker:
     """Attacks one operator after the other."""
 
@@ -203,7 +173,7 @@ class _Attacker:
         self,
         policy: str,
         model: EnclaveModel,
-        seen: _Seen,
+        seen: Seen,
         windows: Sequence[list[int]],
         bases: Sequence[np.ndarray] | None,
     ) -> None:
@@ -269,68 +239,6 @@ def _run(model: EnclaveModel, gate: LinearGate, windows: Sequence[list[int]], pr
             progress("running", done, len(windows))
         forward.truncate(0)
         forward.run_all(window)
-
-
-def _open(
-    policy: str, model: EnclaveModel, team: Team, shielded: float | None, delta: Delta | None
-) -> tuple[LinearGate, _Seen]:
-    """Returns the gate of a policy and what its accelerator will have seen."""
-    if policy in ("blinded", "enclave-only"):
-        if shielded is not None or delta is not None:
-            raise SettingsError(f"The policy {policy} has no amount to shield and no slices.")
-        return _open_blinded(policy, model, team)
-    observer = ExposureObserver(MEMORY_BYTES)
-
-    def weight(index: int) -> np.ndarray | None:
-        exposed = observer.weights.get(index)
-        if exposed is None:
-            return None
-        scales = exposed.scales if exposed.scales is not None else model.linears[index].scales.reshape(-1)
-        return exposed.matrix.astype(np.float32) * scales[:, None]
-
-    seen = _Seen(observer.newest, weight)
-    if policy == "slalom":
-        return open_slalom(model.linears, team, observer=observer), seen
-    consent = InsecureConsent(allow_insecure_baseline=True)  # the accelerator is this process: nothing is exposed
-    slices = (delta or no_slices) if policy == "public-backbone" else delta
-    gate = open_baseline(
-        policy,
-        model.linears,
-        model.spec.layers,
-        team,
-        consent,
-        shielded=shielded,
-        delta=slices,
-        observer=observer,
-    )
-    return gate, seen
-
-
-def _open_blinded(policy: str, model: EnclaveModel, team: Team) -> tuple[LinearGate, _Seen]:
-    lent = policy == "blinded"
-    settings = Settings(blinding=BlindingSettings(prefill=Prefill.BLINDED, pantry_bytes=0))
-    observer = Observer(InProcessAccelerator(threads=team.threads), MEMORY_BYTES)
-    weights = [linear.weight for linear in model.linears if isinstance(linear, LentLinear)]
-    if lent:
-        for public in weights:
-            observer.register(public)
-    gate = Gate(
-        model.linears,
-        [observer] if lent else [],
-        Pantry(model.linears, 0, PadSource(), team),
-        settings,
-        team=team,
-    )
-
-    def rows(index: int) -> np.ndarray | None:
-        weight_id = weights[index].weight_id
-        pieces = [rows for seen, rows in observer.seen if seen == weight_id]
-        return np.concatenate(pieces) if pieces else None
-
-    def weight(index: int) -> np.ndarray | None:
-        return true_weight(model.linears[index]) if weights[index].weight_id in observer.weights else None
-
-    return gate, _Seen(rows, weight)
 
 
 def _dictionary(model: EnclaveModel) -> Dictionary:

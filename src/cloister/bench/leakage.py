@@ -7,8 +7,11 @@ from rich.console import Console
 
 from cloister.assets import demo_model
 from cloister.audit.baselines.schemes import SCHEMES
-from cloister.audit.leakage import MOST_TOKENS, POLICIES, Leakage, OperatorLeakage, measure_leakage
+from cloister.audit.leakage import MOST_TOKENS, Leakage, OperatorLeakage, measure_leakage
 from cloister.bench.record import Record
+
+DIFFERENT: Final = ("enclave-only", "blinded", "slalom", *SCHEMES)
+"""One policy for each way to treat a row (`auto` and `secureinfer` treat theirs as `blinded` does)."""
 
 SMOKE_TOKENS: Final = 512
 SMOKE_POLICIES: Final = ("blinded", "unprotected", "obfuscated")
@@ -25,7 +28,7 @@ def run(model: str, text: Path | None, policy: str | None, smoke: bool, console:
     path = demo_model() if model == "demo" else Path(model)
     content = text.read_text(encoding="utf-8") if text is not None else None
     most = SMOKE_TOKENS if smoke else MOST_TOKENS
-    names = (policy,) if policy is not None else SMOKE_POLICIES if smoke else POLICIES
+    names = (policy,) if policy is not None else SMOKE_POLICIES if smoke else DIFFERENT
     measured = []
     for name in names:
         console.print(f"{name} ...")
