@@ -35,6 +35,9 @@ vllm-serve: ## start that vLLM with the shipped model at http://127.0.0.1:8000
 	HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/vllm serve src/cloister/assets/demo \
 		--enable-prompt-embeds --max-model-len 512 --enforce-eager --host 127.0.0.1 --port 8000
 
+# The test workers fill the cores; BLAS threads would spin for them.
+test test-all cov: export OPENBLAS_NUM_THREADS = 1
+
 test: $(VENV)/.dev ## the default tests: no GPU, no TEE, no network
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu and not tee"
 

@@ -9,7 +9,7 @@ The attacker knows: the public base model, all but the last part of the text wit
 who sends prompts of his own would), and every byte that the accelerator was given.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -50,6 +50,9 @@ LEAST_WINDOWS: Final = 4
 
 ATTACKED: Final = 3
 """One in this many windows (the last ones) is attacked; the others are known to the attacker."""
+
+SMALL_BYTES: Final = 64 * 2**20
+"""A smaller checkpoint is run on one thread: handing its products to others takes longer than computing them."""
 
 PRIVATE_CHANGE: Final = 0.05
 """How far, in length, the simulated public base is from each row of the private weight."""
@@ -117,7 +120,7 @@ class Leakage:
         return sum(operator.weights_known for operator in self.operators) / len(self.operators)
 
 
-def measure_leakage(
+def measure_leakage(  # noqa: PLR0913 (one call, each argument by name)
     policy: str,
     directory: Path | None = None,
     text: str | None = None,
@@ -126,34 +129,37 @@ def measure_leakage(
     delta: Delta | None = None,
     base: Path | None = None,
     most_tokens: int = MOST_TOKENS,
+    only: Collection[str] = (),
     progress: Progress | None = None,
 ) -> Leakage:
     """Returns what the accelerator learns under `policy` (one of `watched.POLICIES`) when the model in `directory` reads `text`.
 
     The default model is the shipped one, the default text its held-out stories. `shielded` and `delta`: as for
     `open_baseline` (without a delta, `public-backbone` runs with slices of zero). `base`: the public model that this one was
-    made from, of the same shape; without one it is simulated.
+    made from, of the same shape; without one it is simulated. `only`: the linears to attack, by name (none: all); the report is
+    then of these.
 
     Raises:
-        SettingsError: the policy is unknown, or the text is too short to train and attack.
+        SettingsError: the policy or a linear is unknown, or the text is too short to train and attack.
         ModelError: a model cannot be read, or the base has another shape.
     """
     require_measurable(policy)
-    team = Team()
     opened = open_model(directory or demo_model())
+    team = Team(1 if opened.checkpoint.nbytes < SMALL_BYTES else 0)
     model = prepare(opened.checkpoint, opened.spec, BlindingSettings(), PadSource(), team=team)
     content = text if text is not None else (demo_model() / "heldout.txt").read_text(encoding="utf-8")
     tokens = opened.tokenizer.encode(content)
     opened.checkpoint.close()
+    chosen = _chosen(model, only)
     bases = _base_weights(base, model, team) if base is not None else None
     windows = _windows(tokens, model, policy, most_tokens)
     gate, seen = watch(policy, model, team, shielded, delta)
     _run(model, gate, windows, progress)
     report = _Attacker(policy, model, seen, windows, bases)
     operators = []
-    for index in range(len(model.linears)):
+    for done, index in enumerate(chosen):
         if progress is not None:
-            progress("attacking", index, len(model.linears))
+            progress("attacking", done, len(chosen))
         operators.append(report.operator(index))
     return Leakage(
         policy,
@@ -216,6 +222,13 @@ class _Attacker:
         if self._policy == "shield-magnitude":
             return score(filled_from_base(exposed, base), truth, base), None
         return score(exposed, truth, base), None
+
+
+def _chosen(model: EnclaveModel, only: Collection[str]) -> list[int]:
+    names = [linear.name for linear in model.linears]
+    if unknown := sorted(set(only) - set(names)):
+        raise SettingsError(f"No linear is called {unknown[0]!r}.", remedy=f"E.g. {names[0]}, {names[-1]}.")
+    return [index for index, name in enumerate(names) if not only or name in only]
 
 
 def _windows(tokens: list[int], model: EnclaveModel, policy: str, most_tokens: int) -> list[list[int]]:
