@@ -148,3 +148,19 @@ def test_memory_of_used_pads_is_used_again_but_never_while_a_pad_holds_it(linear
     pantry.take(0, 32)
     pantry.stock(32)
     assert pantry._shelves[0].blocks[0][0].ctypes.data == first
+
+
+def test_threads_that_draw_at_the_same_time_never_share_a_piece_of_the_stream() -> None:
+    source, drawn = PadSource(bytes(32)), []
+
+    def draw() -> None:
+        drawn.extend(source.elements(1, 100_000)[0] for _ in range(8))
+
+    threads = [threading.Thread(target=draw) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = PadSource(bytes(32))
+    expected = sorted(alone.elements(1, 100_000)[0].tobytes() for _ in range(32))
+    assert sorted(row.tobytes() for row in drawn) == expected

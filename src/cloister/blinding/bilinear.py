@@ -10,7 +10,7 @@ Guarantees: every element that leaves is uniform and independent of what it hide
 alone: sending the row again, to another accelerator, sends the same bytes. What was cut off is zeroed; rows that take its
 place get new pads. No product can wrap, so the integers are exact and the result is right within `dots_error` or
 `sums_error`. A wrong answer raises before anything of it is used.
-Assumes: private memory, one thread, and a `PadSource` that no other thread draws from at the same time.
+Assumes: private memory, and one thread at a time for each operand.
 Edge cases: zero rows are blinded like any other; NaN or infinity is an error that names the operand.
 Does not cover: shapes and timing, which show the length of the context; permuted, scaled or otherwise correlated masks,
 which are broken in the literature and have no place here.

@@ -10,6 +10,7 @@ Does not cover: shapes and timing, which the accelerator sees.
 """
 
 import os
+import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -40,6 +41,7 @@ class PadSource:
         """Draws a fresh key; `key` (32 bytes) is for tests that need the same stream twice."""
         self._stream = Cipher(AES(key or os.urandom(32)), CTR(bytes(16))).encryptor()
         self._owner = os.getpid()
+        self._turn = threading.Lock()  # whoever draws at the same time waits: no two pads may share the stream
 
     def elements(self, rows: int, columns: int) -> Int32[np.ndarray, "rows columns"]:
         """Returns fresh uniform centred elements, by rejection: 31 random bits, redrawn when they equal P."""
@@ -55,9 +57,10 @@ class PadSource:
                 remedy="Start a new process instead: two processes must never share pads.",
             )
         words = elements.reshape(-1).view(np.uint32)
-        self._random(words)
-        if field_elements(words):
-            self._redraw(words)
+        with self._turn:
+            self._random(words)
+            if field_elements(words):
+                self._redraw(words)
 
     def _random(self, words: np.ndarray) -> None:
         target = words.data.cast("B")

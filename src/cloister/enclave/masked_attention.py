@@ -109,7 +109,6 @@ class MaskedAttention:
     ) -> None:
         """`accelerator`: the gate's roster (`Gate.roster`), so that whoever cheats at one gets no work at the other; or one
         accelerator alone, with `settings` for its timeout and what follows a failure.
-        `source`: one that nothing else draws from, a pantry least of all.
 
         Raises:
             SettingsError: none of the accelerators multiplies two blinded matrices.
