@@ -5,6 +5,7 @@ with random keys, values and queries. The linears around it cost the same either
 """
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -111,10 +112,12 @@ def run(shape: str, contexts: list[int], tokens: int, smoke: bool, console: Cons
         {
             "shape": shape, "layers": spec.layers, "heads": spec.heads, "kv_heads": spec.kv_heads, "head_dim": spec.head_dim,
             "contexts": contexts, "tokens": tokens, "batch": 1, "threads": usable_cores(), "checks": 1,
+            "load_before": os.getloadavg()[0],
         },
         "All layers of one decoded token, attention alone; medians of wall time, means of CPU. The worker runs on the same "
         "processor and keeps the blinded keys and values. Multiplications: of floats in the enclave's own attention; of field "
-        "elements, in the enclave only, where it is lent. Prefill: a whole prompt of that length, one layer.",
+        "elements, in the enclave only, where it is lent. Prefill: a whole prompt of that length, one layer. `load_before` in the settings says how busy "
+        "the machine was with other work: it stretches the wall times, the CPU times much less.",
     )  # fmt: skip
 
 
