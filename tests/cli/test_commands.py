@@ -27,7 +27,10 @@ def run(*arguments: str, stdin: str = "", code: int = 0) -> subprocess.Completed
     return done
 
 
-@pytest.mark.parametrize("command", [[], ["chat"], ["generate"], ["inspect"], ["demo"], ["accelerator"], ["bench"], ["plan"], ["slice"]])
+COMMANDS = ["chat", "generate", "inspect", "demo", "accelerator", "bench", "plan", "slice"]
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_teaches(command: list[str]) -> None:
     out = run(*command, "--help").stdout
     assert "Usage" in out
