@@ -174,7 +174,7 @@ def prepare(data: Path, vectors: Path, smoke: bool) -> Setting:
         part_ids=part_ids,
         test_ids=test_ids,
         unknown=(np.flatnonzero(part_ids < 0), np.flatnonzero(test_ids < 0)),
-        clean=task.fit(task.features(train_ids, train, len(words)), train.labels, rounds=200),
+        clean=task.fit(task.features(train_ids, train, len(words)), train.labels),
         task_words=np.intersect1d(content, np.concatenate([train_ids, test_ids])),
         groups={
             members: tuple(builder.classes(entries, table[content], members, lambda *_: None))
@@ -256,7 +256,7 @@ def measure(system: System, setting: Setting, seeds: int) -> dict[str, Any]:
         test = task.features(test_ids, setting.test, size)
         test_scores.append(task.accuracy(setting.clean, test, setting.test.labels))
         train_ids = sanitised(setting.part_ids, setting.unknown[0], system.rival, setting.content, rng)
-        fitted = task.fit(task.features(train_ids, setting.part, size), setting.part.labels, setting.clean, 25)
+        fitted = task.fit(task.features(train_ids, setting.part, size), setting.part.labels)
         train_scores.append(task.accuracy(fitted, test, setting.test.labels))
     attack, uniform, kept = attacks(system.rival, setting.prior)
     ceiling = math.exp(system.exact) / (math.exp(system.exact) + system.members - 1) if system.exact < 700 else 1.0
