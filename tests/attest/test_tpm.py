@@ -1,7 +1,11 @@
 """TPM 2.0: real quotes from a software TPM, and each way in which one must be refused."""
 
 import hashlib
+import socket
 import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,7 @@ from cloister.attest.roots import Roots
 from cloister.attest.tpm import TpmCollateral, bound_bytes
 from cloister.attest.tpm_client import TpmAttester, TpmClient
 from cloister.attest.verify import REQUIRED, verify
-from cloister.errors import AttesterError, SettingsError
+from cloister.errors import AttestationError, AttesterError, SettingsError
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +211,63 @@ class TpmEnrolment:
     def name_of(evidence: Evidence) -> bytes:
         public, _ = TpmCollateral.decode(evidence.collateral)
         return hashlib.sha256(public).digest()
+
+
+@contextmanager
+def scripted_tpm(path: Path, answers: list[bytes]) -> Iterator[list[bytes]]:
+    """Listens like a TPM and gives these answers, one per command; yields the commands."""
+    commands: list[bytes] = []
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                for answer in answers:
+                    commands.append(connection.recv(4096))
+                    connection.sendall(answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield commands
+        thread.join(10)
+
+
+def tpm_answer(code: int, body: bytes = b"") -> bytes:
+    return struct.pack(">HII", 0x8001, 10 + len(body), code) + body
+
+
+def test_a_busy_tpm_is_sent_the_same_command_again(tmp_path: Path) -> None:
+    answers = [tpm_answer(0x922), tpm_answer(0x922), tpm_answer(0)]
+    with scripted_tpm(tmp_path / "tpm", answers) as commands, TpmClient(tmp_path / "tpm") as tpm:
+        tpm.flush(0x80000001)
+    assert len(commands) == 3
+    assert len(set(commands)) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (tpm_answer(0x101), "0x101"),
+        (tpm_answer(0)[:7], "closed"),
+        (struct.pack(">HII", 0x8001, 9000, 0) + bytes(10), "closed|cut"),
+        (struct.pack(">HII", 0x8001, 5, 0), "cut"),
+    ],
+    ids=["refused", "short", "announces too much", "announces too little"],
+)
+def test_a_refusing_or_broken_tpm_is_an_error(tmp_path: Path, answer: bytes, message: str) -> None:
+    with (
+        scripted_tpm(tmp_path / "tpm", [answer]),
+        TpmClient(tmp_path / "tpm", timeout_seconds=5) as tpm,
+        pytest.raises(AttesterError, match=message),
+    ):
+        tpm.flush(0x80000001)
+
+
+def test_nonsense_instead_of_registers_is_an_error_and_no_endless_loop(tmp_path: Path) -> None:
+    nothing = struct.pack(">IIHB", 1, 1, 0x0B, 3) + bytes(3) + bytes(4)
+    for number, body in enumerate((nothing, b"", nothing[:9])):
+        path = tmp_path / f"tpm{number}"
+        with scripted_tpm(path, [tpm_answer(0, body)]), TpmClient(path) as tpm, pytest.raises(AttestationError):
+            tpm.read_pcrs([0])
