@@ -111,7 +111,7 @@ class StubEngine:
             def _generate(self, body: dict[str, Any]) -> None:
                 prompt, length = engine.prompt_of(body)
                 engine.prompts.append(prompt)
-                if not body.get("stream"):
+                if body.get("temperature") == 0 and body.get("logprobs") == 1 and not body.get("stream"):  # a probe
                     shift = 1.0 if engine.behaviour == "other table" and "prompt_embeds" in body else 0.0
                     logprobs = {"tokens": ["a", "b"], "token_logprobs": [-1.0 - shift, -2.0], "top_logprobs": None}
                     self._json(
@@ -132,8 +132,34 @@ class StubEngine:
                         self.end_headers()
                     case "slow":
                         time.sleep(3)
-                    case _:
+                    case _ if body.get("stream"):
                         self._stream(body, prompt, length)
+                    case _:
+                        self._whole(body, prompt, length)
+
+            def _whole(self, body: dict[str, Any], prompt: str, length: int) -> None:
+                text = prompt if engine.reply is None else engine.reply
+                match engine.behaviour:
+                    case "cut":
+                        self.wfile.write(b"HTTP/1.1 200 OK\r\ncontent-length: 500\r\n\r\n{")
+                        self.close_connection = True
+                        return
+                    case "broken":
+                        self._send(200, b"{not json", "application/json")
+                        return
+                    case "error inside":
+                        self._send(500, b'{"error": {"message": "the engine died"}}', "application/json")
+                        return
+                choices = []
+                for index in range(body.get("n", 1)):
+                    calls = [{"id": "call_1", "type": "function", "function": call} for call in engine.calls]
+                    said = {"message": {"role": "assistant", "content": text, "tool_calls": calls or None}}
+                    finish = "tool_calls" if engine.calls else "stop"
+                    place = 9 if engine.behaviour == "other answer" else index
+                    answer = said if "messages" in body else {"text": text}
+                    choices.append({"index": place, "finish_reason": finish, "logprobs": None, **answer})
+                usage = {"prompt_tokens": length + (engine.behaviour == "other length"), "completion_tokens": 5}
+                self._json({"id": "x", "object": "y", "choices": choices, "usage": usage})
 
             def _stream(self, body: dict[str, Any], prompt: str, length: int) -> None:
                 self.send_response(200)

@@ -1,4 +1,4 @@
-"""Reads the protocol's streams, from chats and from completions, as pieces of one kind.
+"""Reads the protocol's answers, streamed or whole, of chats and of completions, as pieces of one kind.
 
 Covers: wrong types and missing fields in an engine's events. Does not cover: events that are well formed and untrue.
 """
@@ -18,7 +18,7 @@ class _Function(msgspec.Struct, frozen=True):
 
 
 class _Call(msgspec.Struct, frozen=True):
-    index: int = 0
+    index: int | None = None
     id: str | None = None
     function: _Function | None = None
 
@@ -32,6 +32,7 @@ class _Choice(msgspec.Struct, frozen=True):
     index: int = 0
     text: str | None = None
     delta: _Piece | None = None
+    message: _Piece | None = None
     finish_reason: str | None = None
     logprobs: dict[str, Any] | None = None
 
@@ -80,12 +81,13 @@ class StreamReader:
         if not 0 <= choice.index < min(self._choices, MAX_CHOICES) or choice.index in self._finished:
             raise _odd(f"it has an answer {choice.index} where {self._choices} were asked for")
         calls: tuple[ToolCall, ...] = ()
-        if choice.delta is not None and choice.delta.tool_calls:
-            self._collect(choice.index, choice.delta.tool_calls)
+        piece = choice.delta or choice.message  # of a stream, or of an answer in one piece
+        if piece is not None and piece.tool_calls:
+            self._collect(choice.index, piece.tool_calls)
         if choice.finish_reason is not None:
             self._finished.add(choice.index)
             calls = tuple(self._calls.pop(choice.index, {}).values())
-        text = choice.text if choice.delta is None else choice.delta.content
+        text = choice.text if piece is None else piece.content
         logprobs = choice.logprobs
         if logprobs is not None and self._as_chat and "tokens" in logprobs:
             logprobs = chat_logprobs(logprobs)
@@ -95,14 +97,15 @@ class StreamReader:
 
     def _collect(self, choice: int, pieces: list[_Call]) -> None:
         calls = self._calls.setdefault(choice, {})
-        for piece in pieces:
-            before = calls.get(piece.index)
+        for place, piece in enumerate(pieces):
+            index = place if piece.index is None else piece.index
+            before = calls.get(index)
             name = (piece.function.name if piece.function else None) or (before.function.name if before else "")
             arguments = (before.function.arguments if before else "") + (
                 (piece.function and piece.function.arguments) or ""
             )
             identifier = piece.id or (before.id if before else "")
-            calls[piece.index] = ToolCall(id=identifier, function=Function(name, arguments), index=piece.index)
+            calls[index] = ToolCall(id=identifier, function=Function(name, arguments), index=index)
             if len(calls) > 256 or len(arguments) > 2**22:
                 raise _odd("its tool calls have no end")
 

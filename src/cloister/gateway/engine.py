@@ -37,6 +37,8 @@ class EngineRequest:
     choices: int = 1
     top_logprobs: int | None = None
     """Alternatives to report for each token; None: no log-probabilities."""
+    streamed: bool = True
+    """Whether the user wants the answer in pieces; a whole one costs the engine less."""
     cache_salt: str = ""
     """Keeps one session's prompts out of another's prefix cache."""
 

@@ -73,6 +73,14 @@ class EngineClient:
             remedy="Ask again; look at the engine's log if it recurs.",
         )
 
+    async def answer(self, path: str, body: dict[str, Any], *, streamed: bool) -> AsyncIterator[dict[str, Any]]:
+        """Yields the events of an answer; one that is not `streamed` is asked for, and given, in one piece."""
+        if not streamed:
+            yield await self.post(path, {key: value for key, value in body.items() if key != "stream_options"})
+            return
+        async for event in self.events(path, body):
+            yield event
+
     async def close(self) -> None:
         """Closes the connections."""
         await self._client.aclose()

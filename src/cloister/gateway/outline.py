@@ -75,6 +75,7 @@ def chat_outline(request: ChatRequest, change: Change, check_name: CheckName, *,
         tools=tools,
         choices=request.choices,
         top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        streamed=bool(request.stream),
         cache_salt=salt,
     )
 
@@ -89,6 +90,7 @@ def completion_outline(request: CompletionRequest, change: Change, *, salt: str 
         sampling=_sampling(request, change),
         choices=request.choices,
         top_logprobs=request.logprobs,
+        streamed=bool(request.stream),
         cache_salt=salt,
     )
 

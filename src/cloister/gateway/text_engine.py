@@ -66,7 +66,7 @@ class TextEngine:
                 body["logprobs"] = request.top_logprobs
         reader = StreamReader(request.choices, as_chat=request.chat)
         path = "/v1/chat/completions" if request.chat else "/v1/completions"
-        async for event in self._client.events(path, body):
+        async for event in self._client.answer(path, body, streamed=request.streamed):
             for delta in reader.read(event):
                 yield delta
         reader.check_ended()

@@ -85,7 +85,7 @@ class VllmEngine:
         tokens = self._local.tokens(request)
         body = self._body(request, len(tokens)) | self._prompt(tokens)
         reader = StreamReader(request.choices, as_chat=request.chat)
-        async for event in self._client.events("/v1/completions", body):
+        async for event in self._client.answer("/v1/completions", body, streamed=request.streamed):
             for delta in reader.read(event):
                 if delta.usage is not None and delta.usage.prompt_tokens != len(tokens):
                     raise _miscounted(delta.usage.prompt_tokens, str(len(tokens)))
@@ -143,7 +143,7 @@ class VllmEngine:
         if request.top_logprobs is not None:
             body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
         reader = StreamReader(request.choices, as_chat=True)
-        async for event in self._client.events("/v1/chat/completions", body):
+        async for event in self._client.answer("/v1/chat/completions", body, streamed=request.streamed):
             for delta in reader.read(event):
                 if delta.usage is not None and delta.usage.prompt_tokens < length:
                     raise _miscounted(delta.usage.prompt_tokens, f"at least {length}")
