@@ -140,6 +140,14 @@ class PlanSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SealSettings:
+    """Where the keys of sealed models come from."""
+
+    broker: str = ""
+    """`host:port`, `https://host` or `unix:PATH` of the owner's broker; empty: the store of this user on this machine."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything that can be set, by concern."""
 
@@ -147,6 +155,7 @@ class Settings:
     accelerator: AcceleratorSettings = dataclasses.field(default_factory=AcceleratorSettings)
     cache: CacheSettings = dataclasses.field(default_factory=CacheSettings)
     plan: PlanSettings = dataclasses.field(default_factory=PlanSettings)
+    seal: SealSettings = dataclasses.field(default_factory=SealSettings)
 
 
 def require(holds: bool, name: str, value: object, allowed: str) -> None:
@@ -168,7 +177,7 @@ def from_mapping(record: type[Record], values: Mapping[str, Any], path: str = ""
 
 
 def from_toml(path: Path) -> Settings:
-    """Returns the settings of a TOML file with the tables `blinding`, `accelerator`, `cache` and `plan`."""
+    """Returns the settings of a TOML file with the tables `blinding`, `accelerator`, `cache`, `plan` and `seal`."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

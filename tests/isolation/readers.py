@@ -63,6 +63,8 @@ def scan(pid: int, wanted: bytes) -> str:
     try:
         with Path(f"/proc/{pid}/maps").open() as maps, Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
             for line in maps:
+                if "w" not in line.split()[1]:
+                    continue  # code and constants of files
                 first, last = (int(part, 16) for part in line.split()[0].split("-"))
                 try:
                     memory.seek(first)

@@ -11,8 +11,9 @@ from rich.text import Text
 
 from cloister.cli import options as o
 from cloister.cli.display import stderr, stdout
-from cloister.cli.owner import STAND_IN, BrokerOption, now_text, owner_folder, unix_time
+from cloister.cli.owner import BrokerOption, now_text, unix_time
 from cloister.errors import SettingsError
+from cloister.local.broker_link import STAND_IN, owner_folder
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -1,6 +1,5 @@
 """Where an owner's keys and broker are kept, and how sizes of time are written on the command line."""
 
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -10,18 +9,11 @@ import typer
 from cloister.errors import SettingsError
 
 SIGNING_KEY = "signing.pem"
-STAND_IN = "stand-in.pem"
 
 BrokerOption = Annotated[
     Path | None,
     typer.Option("--broker", help="Folder of the broker's store; default: the owner's folder of this user."),
 ]
-
-
-def owner_folder() -> Path:
-    """Returns the folder of this user's signing key, broker and stand-in."""
-    base = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
-    return Path(base) / "cloister"
 
 
 def now_text() -> str:

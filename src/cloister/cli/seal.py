@@ -9,8 +9,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from cloister.cli import options as o
 from cloister.cli.display import human_bytes, stderr, stdout
-from cloister.cli.owner import SIGNING_KEY, BrokerOption, now_text, owner_folder
+from cloister.cli.owner import SIGNING_KEY, BrokerOption, now_text
 from cloister.errors import SettingsError
+from cloister.local.broker_link import owner_folder
 
 if TYPE_CHECKING:
     from cloister.seal.package import Package

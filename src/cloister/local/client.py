@@ -19,8 +19,10 @@ import msgspec
 
 from cloister import errors
 from cloister.errors import CloisterError, EnclaveLostError, RequestError
+from cloister.local.broker_link import BrokerLink, stand_in_file
 from cloister.local.sandbox import enclave_command, enclave_confinement
 from cloister.local.workers import WorkerStarter
+from cloister.seal.package import is_package
 from cloister.settings import Settings
 from cloister.wire.session import (
     AskSightings,
@@ -95,20 +97,22 @@ class LLM:
         listener: Listener | None = None,
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     ) -> None:
+        settings = settings or Settings()
+        model, named = _resolved(directory), {name: _resolved(path) for name, path in (adapters or {}).items()}
+        sealed = [stand_in_file()] if is_package(Path(model)) else []
+        confinement = enclave_confinement([*(Path(path) for path in (model, *named.values())), *sealed], settings)
+        link = BrokerLink(settings.seal.broker) if sealed else None
         self._listener = listener
         self._generating = False
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        settings = settings or Settings()
-        model, named = _resolved(directory), {name: _resolved(path) for name, path in (adapters or {}).items()}
-        confinement = enclave_confinement([Path(path) for path in (model, *named.values())], settings)
         environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         ours, theirs = socket.socketpair()
         self._session = SessionSocket(ours)
         self._workers = WorkerStarter(settings.accelerator)
         with theirs, self._workers.theirs as launcher:
-            handed = [theirs.fileno(), launcher.fileno()]
+            handed = [theirs.fileno(), launcher.fileno(), *([link.theirs.fileno()] if link is not None else [])]
             self._process = subprocess.Popen(
-                enclave_command(confinement, environment, *map(str, handed)),
+                enclave_command(confinement, environment, *map(str, [*handed, *sealed])),
                 pass_fds=handed,
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
@@ -122,6 +126,9 @@ class LLM:
         except BaseException:
             self.close()
             raise
+        finally:
+            if link is not None:
+                link.close()
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, adapter: str = "", **sampling: object) -> Reply:
         """Returns the answer to a chat, as it is generated.

@@ -6,7 +6,7 @@ model and its sockets (`local.sandbox`), but not protected from root. It says so
 
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,11 +25,10 @@ from cloister.errors import AcceleratorError, CloisterError, WireError
 from cloister.isolation.launch import applied
 from cloister.local.accelerators import open_accelerators
 from cloister.local.assembly import assemble, outside, register, release
-from cloister.local.voices import check_name, describe, voice_of
+from cloister.local.opening import Owner, open_asked
+from cloister.local.voices import describe, voice_of
 from cloister.local.workbench import chosen_plan
 from cloister.local.workers import StartWorker, asking
-from cloister.model.adapters import Adapter, open_adapter
-from cloister.model.directory import ModelDirectory, open_model
 from cloister.plan.plan import InsecurePlan, Plan
 from cloister.settings import Settings, from_mapping
 from cloister.wire.session import Event, Open, Progress, Ready, Rehearsal, SessionSocket, Sightings
@@ -54,8 +53,11 @@ def rehearse(accelerators: Sequence[Accelerator], rehearsal: Rehearsal) -> tuple
 class EnclaveProcess:
     """Opens one model and serves one client."""
 
-    def __init__(self, session: SessionSocket, start: StartWorker = SharedMemoryAccelerator.start) -> None:
+    def __init__(
+        self, session: SessionSocket, start: StartWorker = SharedMemoryAccelerator.start, owner: Owner | None = None
+    ) -> None:
         self._session = session
+        self._owner = owner
         self._start = start
         self._accelerators: list[Accelerator] = []
         self._mill: Mill | None = None
@@ -83,11 +85,13 @@ class EnclaveProcess:
 
     def _open(self, request: Open) -> Session:
         settings = from_mapping(Settings, request.settings)
-        directory = open_model(Path(request.model))
+        checking = partial(self._progress, "checking the base", "tensors")
+        opened = open_asked(Path(request.model), request.adapters, settings, self._owner, checking)
+        directory, adapters, settings = opened.directory, opened.adapters, opened.settings
         spec = directory.spec
-        adapters = self._adapters(request.adapters, directory)
         rank = max((rank for adapter in adapters for rank in adapter.ranks.values()), default=0)
         plan = chosen_plan(spec, settings, rank, partial(self._progress, "calibrating", "steps"), self._start)
+        opened.check_kept(plan.secret_groups if isinstance(plan, Plan) else ())
         schedule = outside(plan)
         if schedule.uses_accelerators:  # they start up while the model is read
             self._accelerators = open_accelerators(settings.accelerator, self._start)
@@ -134,16 +138,6 @@ class EnclaveProcess:
         )
         return Session(self._session, engine, partial(sightings, observer) if observer is not None else None)
 
-    def _adapters(self, asked: Mapping[str, str], directory: ModelDirectory) -> list[Adapter]:
-        """Returns the adapters that are asked for, checked: before the minutes that a large base takes."""
-        return [
-            open_adapter(
-                check_name(name), Path(path), directory.spec, directory.checkpoint,
-                progress=partial(self._progress, "checking the base", "tensors"),
-            )
-            for name, path in asked.items()
-        ]  # fmt: skip
-
     def _progress(self, stage: str, unit: str, done: int, total: int) -> None:
         self._session.send(Progress(stage, done, total, unit))
 
@@ -167,10 +161,15 @@ def sightings(observer: Observer) -> Sightings:
 
 
 def main() -> int:
-    """Runs the enclave process on two inherited sockets, its session and its launcher's; returns the exit code."""
-    session, launcher = (socket.socket(fileno=int(number)) for number in sys.argv[1:3])
+    """Runs the enclave process on inherited sockets, and returns the exit code.
+
+    Arguments: descriptors of the session's and the launcher's socket; for a sealed model also that of a socket connected to its
+    owner's broker, and the file of the stand-in's keys.
+    """
+    session, launcher, *broker = (socket.socket(fileno=int(number)) for number in sys.argv[1:4])
+    owner = Owner(broker[0], Path(sys.argv[4])) if broker else None
     with session as sock, launcher:
-        process = EnclaveProcess(SessionSocket(sock), asking(launcher))
+        process = EnclaveProcess(SessionSocket(sock), asking(launcher), owner)
         try:
             process.run()
         except WireError:

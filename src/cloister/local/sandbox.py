@@ -17,10 +17,14 @@ _NAMES: Final = (
 """What looking up the address of an accelerator reads."""
 
 
+_MEASURED: Final = (str(Path(__file__).resolve().parents[3] / "requirements"),)
+"""Lock files of a source checkout, which the measurement of the program covers."""
+
+
 def enclave_confinement(folders: Iterable[Path], settings: Settings) -> Confinement:
     """Returns what an enclave may do that reads these folders."""
     ports = tuple(sorted({int(port) for _, _, port in _parts(settings.accelerator.addresses) if port.isdecimal()}))
-    read = {str(path) for folder in folders for path in _reachable(folder)}
+    read = {str(path) for folder in folders for path in _reachable(folder)} | set(_MEASURED)
     if settings.plan.rules:
         read.add(str(Path(settings.plan.rules).resolve()))
     if ports:

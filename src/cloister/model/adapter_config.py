@@ -12,11 +12,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from cloister.errors import AdapterError
-from cloister.model.files import read_object
+from cloister.model.files import File, read_object
 
 Number = TypeVar("Number", int, float)
 Patterns = tuple[tuple[re.Pattern[str], Number], ...]
@@ -125,7 +124,7 @@ class AdapterConfig:
         return False
 
 
-def read_adapter_config(path: Path) -> AdapterConfig:
+def read_adapter_config(path: File) -> AdapterConfig:
     """Returns the options in an `adapter_config.json`.
 
     Raises:
@@ -135,7 +134,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     return _Reader(path, read_object(path, AdapterError)).config()
 
 
-def check_pattern(path: Path, key: str, pattern: str) -> None:
+def check_pattern(path: File, key: str, pattern: str) -> None:
     """Raises `AdapterError` unless `pattern` is a regular expression that cannot take for ever on a short name."""
     try:
         re.compile(pattern)
@@ -154,7 +153,7 @@ def check_pattern(path: Path, key: str, pattern: str) -> None:
 
 
 class _Reader:
-    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+    def __init__(self, path: File, values: dict[str, Any]) -> None:
         self._path = path
         self._values = values
 

@@ -18,9 +18,10 @@ from jaxtyping import Float32
 
 from cloister.errors import AdapterError
 from cloister.model.adapter_config import AdapterConfig, Bias, read_adapter_config
-from cloister.model.checkpoint import Checkpoint, expected_tensors, widen
+from cloister.model.checkpoint import Checkpoint, TensorSource, expected_tensors, widen
+from cloister.model.files import File, Folder
 from cloister.model.fingerprint import checkpoint_hash
-from cloister.model.safetensors_file import STORED, StoredTensor, map_file, read_header, read_metadata
+from cloister.model.safetensors_file import STORED, map_file, read_header, read_metadata
 from cloister.model.spec import ModelSpec
 
 CONFIG: Final = "adapter_config.json"
@@ -62,7 +63,7 @@ class Adapter:
     """A LoRA adapter, read and checked against its base model. Its arrays are secret and not printed."""
 
     name: str
-    directory: Path
+    directory: Folder
     config: AdapterConfig
     products: Mapping[str, LowRank] = field(repr=False)
     """By module, for instance `model.layers.0.self_attn.q_proj`. The embedding's A is `[rank, vocab]`."""
@@ -121,6 +122,17 @@ def open_adapter(
         data.close()
 
 
+def adapter_of(
+    name: str, directory: Folder, tensors: Mapping[str, TensorSource], spec: ModelSpec, base: Checkpoint
+) -> Adapter:
+    """Returns the adapter whose files and tensors were read already; errors as for `open_adapter`.
+
+    The base that it records is not compared: what was sealed together belongs together.
+    """
+    config = read_adapter_config(directory / CONFIG)
+    return _Reader(name, directory, config, _unprefixed(directory / WEIGHTS, tensors), spec, base).adapter()
+
+
 class MergedWeights:
     """The tensors of a base checkpoint with an adapter merged into them: what the oracle computes with."""
 
@@ -168,9 +180,9 @@ class _Reader:
     def __init__(
         self,
         name: str,
-        directory: Path,
+        directory: Folder,
         config: AdapterConfig,
-        stored: dict[str, StoredTensor],
+        stored: dict[str, TensorSource],
         spec: ModelSpec,
         base: Checkpoint,
     ) -> None:
@@ -292,7 +304,7 @@ def narrow(values: Float32[np.ndarray, "*shape"], dtype: np.dtype) -> np.ndarray
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def _unprefixed(path: Path, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _unprefixed(path: File, stored: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
     for name in stored:
         if not name.startswith(_PREFIX):
             raise AdapterError(

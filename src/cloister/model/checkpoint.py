@@ -103,6 +103,10 @@ class Checkpoint:
         """Returns the names of all tensors."""
         return frozenset(self._tensors)
 
+    def sources(self) -> Mapping[str, TensorSource]:
+        """Returns every tensor by name, to be read while the checkpoint is open."""
+        return dict(self._tensors)
+
     def alias(self, name: str, other: str) -> None:
         """Makes the tensor `other` known as `name` too, if `name` is absent: tied tables are stored once, under either."""
         if name not in self._tensors and other in self._tensors:

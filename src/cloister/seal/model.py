@@ -1,9 +1,10 @@
 """Opens the model in a sealed package, as `model.directory` opens one in a plain folder."""
 
-from cloister.model.checkpoint import check_tensors
+from cloister.model.adapters import Adapter, adapter_of
+from cloister.model.checkpoint import Checkpoint, check_tensors
 from cloister.model.directory import ModelDirectory
 from cloister.model.generation_config import read_generation_defaults
-from cloister.model.spec import read_spec
+from cloister.model.spec import ModelSpec, read_spec
 from cloister.model.tokenizer import Tokenizer
 from cloister.seal.package import Key, Package
 
@@ -28,3 +29,23 @@ def open_sealed_model(package: Package, key: Key | None) -> ModelDirectory:
         checkpoint.close()
         raise
     return ModelDirectory(package.folder, spec, checkpoint, tokenizer, defaults)
+
+
+def open_sealed_adapter(package: Package, key: Key | None, name: str, spec: ModelSpec, base: Checkpoint) -> Adapter:
+    """Returns an adapter of a checked package, in memory.
+
+    Raises:
+        PackageError: there is none of this name, a file is not what was sealed, or the key is another's.
+        AdapterError: the owner sealed something that does not fit the model.
+    """
+    with package.checkpoint(key, name) as stored:
+        return adapter_of(name, package.files(name), stored.sources(), spec, base)
+
+
+def private_modules(package: Package) -> frozenset[str]:
+    """Returns the modules of the model whose weights or biases are private, e.g. `model.layers.0.self_attn.q_proj`."""
+    return frozenset(
+        tensor.name.rpartition(".")[0]
+        for tensor in package.manifest.tensors
+        if tensor.private and "/" not in tensor.file
+    )
