@@ -103,11 +103,15 @@ class Subject:
             return bench.calibrate(report)
 
     def _attacked(self, made: "Plan | InsecurePlan") -> dict[str, float]:
+        from cloister.audit.baselines.schemes import SCHEMES, Shield
         from cloister.audit.leakage import measure_leakage
 
         if self.folder is None:
             raise PlanError("A shape without weights cannot be attacked.", remedy="Give the folder of a model.")
-        amount = self.settings.plan.shielded_layers or None
+        chosen = self.settings.plan
+        amount = {Shield.LAYERS: chosen.shielded_layers or None, Shield.FRACTION: chosen.shielded_share}.get(
+            SCHEMES[made.policy].shield if made.policy in SCHEMES else Shield.NOTHING
+        )
         with progress_bar("attacking") as report:
             leakage = measure_leakage(
                 made.policy, self.folder, shielded=amount, progress=lambda _stage, done, total: report(done, total)
