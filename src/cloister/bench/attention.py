@@ -116,8 +116,8 @@ def run(shape: str, contexts: list[int], tokens: int, smoke: bool, console: Cons
         },
         "All layers of one decoded token, attention alone; medians of wall time, means of CPU. The worker runs on the same "
         "processor and keeps the blinded keys and values. Multiplications: of floats in the enclave's own attention; of field "
-        "elements, in the enclave only, where it is lent. Prefill: a whole prompt of that length, one layer. `load_before` says how "
-        "busy the machine was with other work: it stretches the wall times, the CPU times much less.",
+        "elements, in the enclave only, where it is lent. Prefill: a whole prompt of that length, one layer. "
+        "`load_before` says how busy the machine was with other work: it stretches the wall times, the CPU times much less.",
     )  # fmt: skip
 
 
