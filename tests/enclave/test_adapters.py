@@ -127,8 +127,9 @@ def test_the_enclave_answers_as_peft_does(family: str, variant: str, bases: dict
     quantised = any(change is not None and change.instead for change in adapter.changes)
     assert_close(run(forward), theirs, PLANES_TOLERANCE if quantised else FLOAT_TOLERANCE)
     gate, observer = base.blinded()
-    forward.use(adapter.model, AdaptedGate(gate, adapter, Team(2)))
-    assert_close(run(forward), theirs, PLANES_TOLERANCE)
+    with Team(2) as team:
+        forward.use(adapter.model, AdaptedGate(gate, adapter, team))
+        assert_close(run(forward), theirs, PLANES_TOLERANCE)
     assert observer.products > 0
     assert gate.counters.enclave_products == 0
 

@@ -16,6 +16,9 @@ from cloister.arith.team import Team
 SMALL: Final = 2**20
 """Multiply-adds below which handing work to a second thread costs more than it saves."""
 
+_TOKENS: Final = 16  # of a block: their rows stay in the second-level cache while A streams past
+_COLUMNS: Final = 512  # of a block of B, which stays there while the tokens stream past
+
 
 def add_low_rank(
     x: Float32[np.ndarray, "tokens d_in"],
@@ -43,29 +46,31 @@ def add_low_rank(
 def project(x, a, hidden, start, stop):  # type: ignore[no-untyped-def]
     """Fills columns `start` up to `stop` of `hidden = x A^T`; x [tokens, d_in], a [rank, d_in], hidden [tokens, rank]."""
     zero = np.float32(0.0)
-    k = start
-    while k < stop:
-        if k + 4 <= stop:
-            a0, a1, a2, a3 = a[k], a[k + 1], a[k + 2], a[k + 3]
-            for t in range(x.shape[0]):
-                row = x[t]
-                s0, s1, s2, s3 = zero, zero, zero, zero
-                for i in range(row.shape[0]):
-                    s0 += a0[i] * row[i]
-                    s1 += a1[i] * row[i]
-                    s2 += a2[i] * row[i]
-                    s3 += a3[i] * row[i]
-                hidden[t, k], hidden[t, k + 1], hidden[t, k + 2], hidden[t, k + 3] = s0, s1, s2, s3
-            k += 4
-        else:
-            a0 = a[k]
-            for t in range(x.shape[0]):
-                row = x[t]
-                s0 = zero
-                for i in range(row.shape[0]):
-                    s0 += a0[i] * row[i]
-                hidden[t, k] = s0
-            k += 1
+    for t_first in range(0, x.shape[0], _TOKENS):
+        t_stop = min(x.shape[0], t_first + _TOKENS)
+        k = start
+        while k < stop:
+            if k + 4 <= stop:
+                a0, a1, a2, a3 = a[k], a[k + 1], a[k + 2], a[k + 3]
+                for t in range(t_first, t_stop):
+                    row = x[t]
+                    s0, s1, s2, s3 = zero, zero, zero, zero
+                    for i in range(row.shape[0]):
+                        s0 += a0[i] * row[i]
+                        s1 += a1[i] * row[i]
+                        s2 += a2[i] * row[i]
+                        s3 += a3[i] * row[i]
+                    hidden[t, k], hidden[t, k + 1], hidden[t, k + 2], hidden[t, k + 3] = s0, s1, s2, s3
+                k += 4
+            else:
+                a0 = a[k]
+                for t in range(t_first, t_stop):
+                    row = x[t]
+                    s0 = zero
+                    for i in range(row.shape[0]):
+                        s0 += a0[i] * row[i]
+                    hidden[t, k] = s0
+                k += 1
 
 
 @compiled_float
@@ -73,30 +78,34 @@ def spread(hidden, b, parts, out, start, stop):  # type: ignore[no-untyped-def]
     """Adds columns `start` up to `stop` of each part's `hidden B^T` to `out`; arguments as for `add_low_rank`."""
     for p in range(parts.shape[0]):
         k_first, k_stop, first, last, offset = parts[p, 0], parts[p, 1], parts[p, 2], parts[p, 3], parts[p, 4]
-        width = last - first
-        left, right = max(start, first), min(stop, last)
-        if left >= right:
-            continue
-        for t in range(out.shape[0]):
-            row, h = out[t, left:right], hidden[t]
-            k = k_first
-            while k < k_stop:
-                begin = offset + (k - k_first) * width + left - first
-                if k + 4 <= k_stop:
-                    h0, h1, h2, h3 = h[k], h[k + 1], h[k + 2], h[k + 3]
-                    b0 = b[begin : begin + right - left]
-                    b1 = b[begin + width : begin + width + right - left]
-                    b2 = b[begin + 2 * width : begin + 2 * width + right - left]
-                    b3 = b[begin + 3 * width : begin + 3 * width + right - left]
-                    for j in range(row.shape[0]):
-                        row[j] += (h0 * b0[j] + h1 * b1[j]) + (h2 * b2[j] + h3 * b3[j])
-                    k += 4
-                else:
-                    h0 = h[k]
-                    b0 = b[begin : begin + right - left]
-                    for j in range(row.shape[0]):
-                        row[j] += h0 * b0[j]
-                    k += 1
+        begin, end = max(start, first), min(stop, last)
+        for left in range(begin, end, _COLUMNS):
+            right = min(end, left + _COLUMNS)
+            for t in range(out.shape[0]):
+                _spread_row(hidden[t, k_first:k_stop], b[offset + left - first :], last - first, out[t, left:right])
+
+
+@compiled_float
+def _spread_row(h, b, width, row):  # type: ignore[no-untyped-def]
+    """Adds `sum_k h[k] * b[k * width :]` to `row`."""
+    rank, columns = h.shape[0], row.shape[0]
+    k = 0
+    while k < rank:
+        if k + 4 <= rank:
+            h0, h1, h2, h3 = h[k], h[k + 1], h[k + 2], h[k + 3]
+            b0 = b[k * width : k * width + columns]
+            b1 = b[(k + 1) * width : (k + 1) * width + columns]
+            b2 = b[(k + 2) * width : (k + 2) * width + columns]
+            b3 = b[(k + 3) * width : (k + 3) * width + columns]
+            for j in range(columns):
+                row[j] += (h0 * b0[j] + h1 * b1[j]) + (h2 * b2[j] + h3 * b3[j])
+            k += 4
+        else:
+            h0 = h[k]
+            b0 = b[k * width : k * width + columns]
+            for j in range(columns):
+                row[j] += h0 * b0[j]
+            k += 1
 
 
 @compiled_float
