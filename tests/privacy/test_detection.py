@@ -1,6 +1,7 @@
 """What detectors find, that nothing they see is left, and that hostile texts neither hide words nor stall them."""
 
 import json
+import socket
 import string
 from pathlib import Path
 
@@ -152,3 +153,18 @@ def test_recall_on_synthetic_personal_data(shared_assets: Path) -> None:
     ):
         if label in seen:
             assert sum(seen[label]) / len(seen[label]) >= least, (label, sum(seen[label]), len(seen[label]))
+
+
+def test_presidio_adds_its_recognisers_and_asks_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("presidio_analyzer", reason="presidio-analyzer (the extra `gateway`) is not installed")
+
+    def no_network(*arguments: object) -> None:
+        raise AssertionError(f"a detector asked the network: {arguments}")
+
+    (presidio,) = named(["rules", "presidio"])
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    text = "NINO AB123456C, SSN 219-09-9999, NHS 943 476 5919, bitcoin 1A1zP1eP5QGefi2DMPTfTL5SLmv7DivfNa, a@b.org, 10.1.2.3"
+    seen = {text[f.start : f.stop] for f in presidio.find(text)}
+    assert {"219-09-9999", "1A1zP1eP5QGefi2DMPTfTL5SLmv7DivfNa", "10.1.2.3"} <= seen
+    assert "recognisers" in presidio.name
