@@ -76,15 +76,15 @@ def test_the_classifier_learns_what_words_decide(rng: np.random.Generator) -> No
     corpus = task.Corpus(("w",) * 1800, sentence, np.zeros(300, dtype=np.int64))
     bags = task.features(ids, corpus, 20)
     labels = (np.asarray(bags[:, :10].sum(axis=1)).ravel() > 3).astype(np.int64)
-    assert task.accuracy(task.fit(bags, labels), bags, labels) > 0.97
+    assert task.accuracy(task.fit(bags, labels), bags, labels) > 0.9
 
 
 def test_a_whole_run_on_tiny_data(tmp_path: Path, rng: np.random.Generator) -> None:
-    words = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in "bdgklmnpr"][:400]
+    words = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in "bdgklmnpr"][:130]
     for name, count in (("train", 300), ("test", 60)):
         lines = [f"{' '.join(rng.choice(words, 8))} the , unseenword \t{rng.integers(0, 2)}" for _ in range(count)]
         (tmp_path / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
-    np.savez(tmp_path / "v.npz", words=np.array(words), vectors=rng.normal(size=(400, 8)).astype(np.float32))
+    np.savez(tmp_path / "v.npz", words=np.array(words), vectors=rng.normal(size=(130, 8)).astype(np.float32))
     record = sanitize.run(tmp_path, tmp_path / "v.npz", True, QUIET)
     names = [row["mechanism"] for row in record.rows]
     assert len(names) == len(set(names)) == 11

@@ -186,7 +186,7 @@ def _spread_out(
     progress: Callable[[int, int], None],
 ) -> list[Made]:
     # The BLAS of a forked child may hang; spawned ones start clean.
-    with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_ignore_interrupts) as pool:
         futures = [pool.submit(make_table, *one) for one in work]
         try:
             for done, _ in enumerate(as_completed(futures), 1):
@@ -197,7 +197,7 @@ def _spread_out(
             raise
 
 
-def _one_thread() -> None:
+def _ignore_interrupts() -> None:
     """Leaves Ctrl-C to the parent."""
     import signal
 
