@@ -128,11 +128,12 @@ def test_the_plot_stacks_the_parts_of_a_blinded_step(tmp_path: Path) -> None:
     assert plot.draw(record("gpu-end-to-end", []), tmp_path) is None
 
 
-def test_a_child_that_fails_or_hangs_is_named_not_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "failed" in end_to_end._child("baselines", ["no-such-kind", "smoke"], 60)
+def test_a_child_that_fails_or_comes_too_late_is_named_not_fatal() -> None:
+    assert "failed: " in end_to_end._child("no_such_benchmark", ["smoke"], 60)
     assert end_to_end._child("baselines", ["bf16", "smoke"], 1) == "out of time"
 
 
+@pytest.mark.slow
 def test_the_unprotected_model_is_the_one_of_transformers() -> None:
     """With the same float weights: the same tokens, and int8 products close to exact ones."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -189,6 +190,7 @@ def test_without_a_gpu_the_script_says_so_and_writes_nothing(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_tuning_writes_a_family_that_wins_for_its_shapes_and_changes_no_bit(tmp_path: Path) -> None:
     made = tune.tune(tmp_path / "tuned.toml", 60, True, QUIET)
     read = parse_family("tuned", (tmp_path / "tuned.toml").read_text())
