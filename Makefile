@@ -16,8 +16,9 @@ $(VENV)/.run: requirements/run.lock pyproject.toml scripts/setup.sh
 	PYTHON=$(PYTHON) sh scripts/setup.sh run
 	@touch $@
 
-$(VENV)/.dev: requirements/dev.lock pyproject.toml scripts/setup.sh
+$(VENV)/.dev: requirements/dev.lock pyproject.toml scripts/setup.sh scripts/system_packages.sh
 	PYTHON=$(PYTHON) sh scripts/setup.sh dev
+	sh scripts/system_packages.sh
 	@touch $(VENV)/.run $@
 
 setup: $(VENV)/.dev ## install everything that development needs (CPU PyTorch included)
