@@ -47,7 +47,7 @@ class Checks(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     enclave_products: _Count
     """Products that the enclave computed by itself."""
     refused: _Count
-    """Answers of accelerators that a check refused; the work was done again elsewhere."""
+    """Failures of accelerators (wrong, late or no answer); the work was done again elsewhere."""
     checks_per_product: _Count
     """Independent Freivalds checks of each product."""
 

@@ -20,6 +20,7 @@ from cloister.cli import (
     measure,
     plan,
     seal,
+    serve,
     slice,
     split,
     verify,
@@ -49,6 +50,7 @@ app.command("accelerator")(accelerator.accelerator)
 app.command("verify")(verify.verify)
 app.command("measure")(measure.measure)
 app.command("seal")(seal.seal)
+app.command("serve")(serve.serve)
 app.add_typer(broker.app, name="broker")
 app.command("gateway")(gateway.gateway)
 app.command("ledger")(ledger.ledger)

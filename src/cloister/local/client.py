@@ -121,7 +121,7 @@ class LLM:
                 start_new_session=True,  # Ctrl-C in the terminal stops the generation, not the enclave
             )
         try:
-            self._send(Open(model, _plain(settings), rehearsal or Rehearsal(), named))
+            self._send(Open(model, plain_settings(settings), rehearsal or Rehearsal(), named))
             self.info = self._await_ready()
         except BaseException:
             self.close()
@@ -290,7 +290,8 @@ def _sampling(values: dict[str, object]) -> Sampling:
         raise RequestError(f"Invalid sampling argument: {error}.", remedy=f"Known: {known}.") from error
 
 
-def _plain(settings: Settings) -> dict[str, dict[str, object]]:
+def plain_settings(settings: Settings) -> dict[str, dict[str, object]]:
+    """Returns settings as an `Open` message carries them."""
     return {
         concern: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         for concern, values in asdict(settings).items()

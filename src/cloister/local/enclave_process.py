@@ -25,7 +25,7 @@ from cloister.errors import AcceleratorError, CloisterError, WireError
 from cloister.isolation.launch import applied
 from cloister.local.accelerators import open_accelerators
 from cloister.local.assembly import assemble, outside, register, release
-from cloister.local.opening import Owner, open_asked
+from cloister.local.opening import Owner, open_asked, stand_in
 from cloister.local.voices import describe, voice_of
 from cloister.local.workbench import chosen_plan
 from cloister.local.workers import StartWorker, asking
@@ -58,6 +58,8 @@ class EnclaveProcess:
     ) -> None:
         self._session = session
         self._owner = owner
+        self.root = b""
+        """Identity of the sealed model that is open; empty of a plain folder."""
         self._start = start
         self._accelerators: list[Accelerator] = []
         self._mill: Mill | None = None
@@ -87,6 +89,7 @@ class EnclaveProcess:
         settings = from_mapping(Settings, request.settings)
         checking = partial(self._progress, "checking the base", "tensors")
         opened = open_asked(Path(request.model), request.adapters, settings, self._owner, checking)
+        self.root = opened.root
         directory, adapters, settings = opened.directory, opened.adapters, opened.settings
         spec = directory.spec
         rank = max((rank for adapter in adapters for rank in adapter.ranks.values()), default=0)
@@ -167,7 +170,7 @@ def main() -> int:
     owner's broker, and the file of the stand-in's keys.
     """
     session, launcher, *broker = (socket.socket(fileno=int(number)) for number in sys.argv[1:4])
-    owner = Owner(broker[0], Path(sys.argv[4])) if broker else None
+    owner = Owner(broker[0], stand_in(Path(sys.argv[4]))) if broker else None
     with session as sock, launcher:
         process = EnclaveProcess(SessionSocket(sock), asking(launcher), owner)
         try:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from cloister.attest.evidence import Attester
 from cloister.attest.measure import measure, this_program
 from cloister.attest.sim import Installation, SimAttester
 from cloister.enclave.prepare import product_parts
@@ -40,8 +41,13 @@ class Owner:
 
     broker: socket.socket
     """Connected."""
-    stand_in: Path
-    """The keys of this installation's stand-in."""
+    attester: Callable[[bytes], Attester]
+    """Given the measurement of this program, returns what proves that it runs here."""
+
+
+def stand_in(file: Path) -> Callable[[bytes], Attester]:
+    """Returns what makes the stand-in of an installation out of a measurement."""
+    return lambda measurement: SimAttester(Installation.open(file, datetime.now(UTC)), measurement)
 
 
 @dataclass(frozen=True)
@@ -102,9 +108,8 @@ def _key(package: Package, owner: Owner | None, settings: Settings) -> bytes:
     if owner is None:
         raise SealError(f"{package.folder} is sealed, and no broker was named.", remedy="Start it with cloister chat.")
     digest = measure(this_program(settings, model=package.root)).digest
-    attester = SimAttester(Installation.open(owner.stand_in, datetime.now(UTC)), digest)
     with closing(connected(owner.broker)) as connection:
-        return fetch_key(connection, package.manifest, attester, measurement=digest)
+        return fetch_key(connection, package.manifest, owner.attester(digest), measurement=digest)
 
 
 def _private_products(package: Package, spec: ModelSpec) -> frozenset[str]:

@@ -103,7 +103,8 @@ class SealedClient:
         self._channel = ClientChannel(suites)
         self._seconds = seconds
         try:
-            self._messages.send(self._channel.hello())
+            self.hello: bytes = self._channel.hello()
+            self._messages.send(self.hello)
             self.offer: Offer = self._channel.accept(self._next(MAX_OFFER_BYTES, HANDSHAKE_SECONDS), check)
         except BaseException:
             self.close()
