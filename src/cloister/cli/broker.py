@@ -36,6 +36,10 @@ MeasurementOption = Annotated[
     list[str] | None,
     typer.Option("--measurement", help="With --stand-in: accepted measurements (see cloister measure)."),
 ]
+RootOption = Annotated[
+    str | None,
+    typer.Option("--root", help="With --stand-in: the root that another machine's stand-in prints at its start."),
+]
 MinVersionOption = Annotated[int, typer.Option("--min-version", min=1, help="Oldest version whose key is released.")]
 UsesOption = Annotated[int | None, typer.Option("--uses", min=1, help="At most this many releases.")]
 UntilOption = Annotated[str | None, typer.Option("--until", help="Last moment, as 2027-01-31 or 2027-01-31T12:00:00Z.")]
@@ -79,6 +83,7 @@ def allow(
     policy: PolicyOption = None,
     stand_in: StandInOption = False,
     measurement: MeasurementOption = None,
+    root: RootOption = None,
     min_version: MinVersionOption = 1,
     uses: UsesOption = None,
     until: UntilOption = None,
@@ -90,7 +95,7 @@ def allow(
 
     if (policy is None) == (not stand_in):
         raise SettingsError("It must be said who may have the key.", remedy="Give either --policy FILE or --stand-in.")
-    text = _read(policy) if policy is not None else _stand_in(measurement or [])
+    text = _read(policy) if policy is not None else _stand_in(measurement or [], root)
     parse_policy(text)  # a policy that does not read is refused now, not at the first release
     with Store.open(broker or owner_folder()) as store:
         number = store.allow(
@@ -193,13 +198,17 @@ def _read(path: Path) -> str:
         raise SettingsError(f"The policy {path} cannot be read: {error}.", remedy="Give a TOML file.") from error
 
 
-def _stand_in(measurements: list[str]) -> str:
+def _stand_in(measurements: list[str], root: str | None) -> str:
     from cloister.attest.sim import Installation
     from cloister.seal.policy import stand_in_policy
 
-    installation = Installation.open(owner_folder() / STAND_IN, datetime.now(UTC))
     stderr().print("[bold yellow]A software stand-in is no TEE: whoever runs it can read the weights.[/bold yellow]")
     try:
+        if root is not None:
+            return stand_in_policy(bytes.fromhex(root), measurements)
+        installation = Installation.open(owner_folder() / STAND_IN, datetime.now(UTC))
         return stand_in_policy(installation.fingerprint, measurements)
     except ValueError as error:
-        raise SettingsError("A measurement is not hexadecimal.", remedy="Copy it from cloister measure.") from error
+        raise SettingsError(
+            "A measurement or root is not hexadecimal.", remedy="Copy it from cloister measure or serve."
+        ) from error

@@ -1,6 +1,7 @@
 """`cloister serve`: an enclave that answers clients elsewhere, who verify it first."""
 
 import socket
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,6 +84,7 @@ def serve(
 
 def _attester(stand_in: bool, helper: Path | None, collateral: Path | None) -> "Callable[[bytes], Attester]":
     from cloister.attest.helper import HelperAttester
+    from cloister.attest.sim import Installation
     from cloister.attest.sources import collateral_file, find_attester
     from cloister.local.broker_link import stand_in_file
     from cloister.local.opening import stand_in as make
@@ -90,7 +92,10 @@ def _attester(stand_in: bool, helper: Path | None, collateral: Path | None) -> "
     if stand_in:
         if helper is not None or collateral is not None:
             raise SettingsError("A stand-in has no helper and no collateral.", remedy="Leave --stand-in out in a TEE.")
-        return make(stand_in_file())
+        file = stand_in_file()
+        fingerprint = Installation.open(file, datetime.now(UTC)).fingerprint
+        stderr().print(f"stand-in with the root {fingerprint.hex()}", soft_wrap=True)
+        return make(file)
     if helper is not None:
         asked = HelperAttester(helper)
         return lambda _measurement: asked
