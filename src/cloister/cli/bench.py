@@ -1,5 +1,6 @@
 """`cloister bench`: measurements that write JSON records."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -221,6 +222,8 @@ def everything(smoke: SmokeOption = False, out: OutOption = Path("bench/results"
     attention("1.1b", None, 16, smoke, out)
     latency("demo", 48, smoke, out)
     plans("demo", smoke, out)
+    if find_spec("torch") and find_spec("transformers"):
+        split(None, 48, 5, 1.0, smoke, out)
     if not smoke:
         latency("1.1b", 48, smoke, out)
         plans("1.1b", smoke, out)
