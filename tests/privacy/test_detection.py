@@ -66,6 +66,12 @@ def test_leaves_plain_text_alone(text: str) -> None:
     assert found(text) == {}
 
 
+def test_a_known_vocabulary_tells_names_at_the_beginning_of_sentences() -> None:
+    detection = standard(lists=GAZETTEER, common=["the", "dogs", "bark"])
+    text = "Dogs bark. Zorblax barks. Photosynthesis is slow. Summarise it."
+    assert [text[f.start : f.stop] for f in detection.find(text)] == ["Zorblax"]
+
+
 def test_all_content_keeps_public_words_only() -> None:
     text = "The movie wasn't good, Anna's café 3D 日本語 😀 x_1 42"
     assert set(found(text, mode=Mode.ALL_CONTENT)) == {

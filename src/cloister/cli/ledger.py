@@ -94,7 +94,7 @@ def _prompts(book: "Ledger", report: "SessionReport", last: int) -> Table:
 
 
 def _meaning(report: "SessionReport") -> list[str]:
-    from cloister.privacy.ledger import ADJACENCY, CLASS_POLICY, FORMATS, POSITIONS
+    from cloister.privacy.statements import ADJACENCY, CLASS_POLICY, FORMATS, POSITIONS
 
     mode = report.policy.partition(";")[0]
     return [

@@ -18,10 +18,11 @@ from cloister.gateway.engine import Engine, EngineRequest
 from cloister.gateway.outline import change_json, chat_outline, completion_outline
 from cloister.privacy.detector import Detection
 from cloister.privacy.labels import Detector
-from cloister.privacy.ledger import ADJACENCY, CLASS_POLICY, FORMATS, POSITIONS, Ledger
+from cloister.privacy.ledger import Ledger
 from cloister.privacy.mechanism import Sampler
 from cloister.privacy.restore import Restorer, ReverseMap, restore
 from cloister.privacy.sanitiser import Sanitised, Sanitiser
+from cloister.privacy.statements import ADJACENCY, CLASS_POLICY, FORMATS, POSITIONS
 from cloister.server.schema import ChatRequest, CompletionRequest, Delta, ToolCall
 
 MAX_SESSIONS: Final = 256

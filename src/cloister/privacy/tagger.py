@@ -42,6 +42,12 @@ PUBLIC_CAPITALS: Final = _words(
 )
 """Words in capitals that name nobody."""
 
+ORDINARY_ENDINGS: Final = (
+    "ing", "tion", "tions", "sion", "ment", "ments", "ness", "ly", "ise", "ize", "ised", "ized", "able", "ible", "ical", "ology",
+    "esis", "ity", "ance", "ence", "ful", "less", "ous",
+)  # fmt: skip
+"""Endings of words that hardly any name has; at the beginning of a sentence they stand for no name."""
+
 _TOKEN: Final = re.compile(r"(?<!\w)[^\W\d_]+(?:['’.-][^\W\d_]+)*(?!\w)\.?")
 _SENTENCE_END: Final = re.compile(r"(?:^|[.!?:;\n\"“”(•>*-])\s*[\"'“”‘’(\[*_]*$")
 _JOINED: Final = re.compile(r"^[ \t]+(?:(?:of|the|de|la|le|van|von|der|den|di|da|del|bin|al|and|&)[ \t]+){0,2}$")
@@ -139,7 +145,8 @@ class Tagger:
             if known is not None and known is not Kind.WORD:
                 return True
             if self.common:
-                return plain not in self.common and known is None and plain not in INSTRUCTION_WORDS
+                ordinary = plain in self.common or plain in INSTRUCTION_WORDS or plain.endswith(ORDINARY_ENDINGS)
+                return known is None and not ordinary
             return following is not None and self._pair(text, word, following)
         return not (plain in INSTRUCTION_WORDS and not self.lists.get(plain))
 
