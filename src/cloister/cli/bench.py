@@ -154,6 +154,22 @@ def candidates(smoke: SmokeOption = False, out: OutOption = Path("bench/results"
     record.show(stdout())
 
 
+@app.command("detection")
+def detection(
+    data: Annotated[Path, typer.Option("--data", help="Labelled texts: a JSON file of presidio-research's form.")],
+    candidates: Annotated[Path, typer.Option("--candidates", help="A candidate file, for its public lists.")],
+    detectors: Annotated[str, typer.Option("--detectors", help="rules, presidio, spacy:MODEL.")] = "rules,presidio",
+    smoke: SmokeOption = False,
+    out: OutOption = Path("bench/results"),
+) -> None:
+    """How much personal data the detectors find, by type, and how much of everything else they leave alone."""
+    from cloister.bench.detection import run
+
+    record = run(data, candidates, [name.strip() for name in detectors.split(",")], smoke, stderr())
+    record.write(out)
+    record.show(stdout())
+
+
 @app.command("gateway")
 def gateway(
     engine: Annotated[str, typer.Option("--engine", help="A running vLLM with --enable-prompt-embeds.")],
