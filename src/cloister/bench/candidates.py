@@ -35,7 +35,7 @@ class Size:
     members: int
 
 
-SIZES = (Size(32_000, 2048, 64), Size(128_256, 2048, 64), Size(128_256, 2048, 256))
+SIZES = (Size(32_000, 2048, 64), Size(128_256, 2048, 64), Size(128_256, 2048, 128))
 SMOKE_SIZES = (Size(2_000, 64, 16),)
 
 
