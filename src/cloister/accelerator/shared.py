@@ -15,6 +15,7 @@ from typing import Final
 import numpy as np
 from jaxtyping import Int32
 
+from cloister.accelerator.cuda.cache import compiler_variables
 from cloister.errors import (
     AcceleratorError,
     AcceleratorLostError,
@@ -328,7 +329,15 @@ def launch_worker(label: str, backend: Backend, threads: int) -> "tuple[socket.s
     Raises:
         AcceleratorLostError: no process can be started.
     """
-    confinement = Confinement(write=tuple(kernel_cache()), gpu=bool(gpu_devices()))
+    try:
+        compiler = compiler_variables() if backend is Backend.CUDA else {}
+    except OSError as error:
+        raise AcceleratorLostError(
+            f"The worker {label} cannot be started: no folder for compiled kernels ({error.strerror}).",
+            remedy="Set TRITON_CACHE_DIR to a folder that can be written.",
+        ) from error
+    writable = tuple(dict.fromkeys((*kernel_cache(), *compiler.values())))
+    confinement = Confinement(write=writable, gpu=bool(gpu_devices()))
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         arguments = ["--fd", str(theirs.fileno()), "--backend", backend.value, "--threads", str(threads)]
@@ -338,7 +347,7 @@ def launch_worker(label: str, backend: Backend, threads: int) -> "tuple[socket.s
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # what we print must hold nothing that a worker wrote
-                env={name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ},
+                env={name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ} | compiler,
                 start_new_session=True,
             )
         except OSError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cloister.accelerator.cuda.cache import compiler_variables
 from cloister.accelerator.cuda.configurations import Family, all_families, family_of, parse_family
 from cloister.errors import SettingsError
 
@@ -119,3 +120,44 @@ def test_a_family_without_an_entry_for_a_shape_says_so() -> None:
     family = parse_family("empty", 'capabilities=[]\nprovenance=""\ndecode=[]\nprefill=[]')
     with pytest.raises(SettingsError, match="nothing for 1 rows of 3 x 2"):
         family.for_decode(1, 3, 2)
+
+
+CONFINED = """
+import sys
+from pathlib import Path
+from cloister.accelerator.cuda.cache import compiler_variables
+from cloister.isolation.confinement import Confinement, confine, kernel_cache
+applied = confine(Confinement(write=(*kernel_cache(), *compiler_variables().values()), gpu=True))
+from cloister.accelerator.cuda import inspection, ring_kernels
+made = inspection._compiled(ring_kernels.publish, 90, {}, 1, 3)
+assert made.asm["cubin"]
+try:
+    Path(sys.argv[1]).write_text("out")
+except OSError:
+    print("compiled; kept in:", "Landlock" in applied.layers)
+"""
+
+
+def test_a_confined_worker_can_compile_and_writes_nowhere_else(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed: the GPU kernels are not compiled")
+    kept, elsewhere = tmp_path / "cache", tmp_path / "elsewhere"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p.endswith("src")), "TMPDIR": str(kept)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CONFINED, str(elsewhere)],
+        capture_output=True, text=True, check=False, env={**environment, "TRITON_CACHE_DIR": str(kept)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    if "compiled" not in done.stdout:
+        pytest.skip("this machine has no Landlock: nothing keeps a process from writing")
+    assert any(kept.iterdir())
+    assert not elsewhere.exists()
+
+
+def test_the_compiler_has_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "chosen"))
+    assert compiler_variables() == dict.fromkeys(("TRITON_CACHE_DIR", "TMPDIR"), str(tmp_path / "chosen"))
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Path(compiler_variables()["TMPDIR"]) == tmp_path / ".triton" / "cache"
+    assert (tmp_path / ".triton" / "cache").is_dir()
