@@ -42,6 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "the embedding": {"r": 4, "target_modules": ["q_proj", "embed_tokens"]},
     "saved whole": {**PLAIN, "modules_to_save": ["embed_tokens", "lm_head", "norm", "k_proj", "down_proj"]},
     "a whole block saved": {**PLAIN, "modules_to_save": ["layers.1.mlp", "layers.0.input_layernorm"]},
+    "tied and saved whole": {**PLAIN, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     "GPT-2's layout": {**PLAIN, "fan_in_fan_out": True},
 }  # fmt: skip
 

@@ -159,6 +159,21 @@ def test_tables_beside_a_lora_count_unless_they_are_the_base_s(
     assert set(opened(write(tmp_path, tensors, CONFIG), base).replaced) == {"model.embed_tokens.weight"}
 
 
+def test_a_tied_table_is_replaced_with_its_twin_or_not_at_all(
+    tmp_path: Path, tensors: Tensors, base: ModelDirectory
+) -> None:
+    assert base.spec.tied_embeddings
+    table = base.checkpoint.tensor("model.embed_tokens.weight") + np.float32(0.5)
+    tied = CONFIG | {"ensure_weight_tying": True, "modules_to_save": ["embed_tokens"]}
+    tensors["base_model.model.model.embed_tokens.weight"] = table
+    with pytest.raises(AdapterError, match="one of embedding and head"):
+        opened(write(tmp_path, tensors, tied), base)
+    tensors["base_model.model.lm_head.weight"] = table
+    assert len(opened(write(tmp_path, tensors, tied), base).replaced) == 2
+    with pytest.raises(AdapterError, match="tied embedding"):
+        opened(write(tmp_path, tensors, CONFIG | {"ensure_weight_tying": True, "target_modules": ["lm_head"]}), base)
+
+
 def test_pickled_missing_and_damaged_files_are_refused(tmp_path: Path, tensors: Tensors, base: ModelDirectory) -> None:
     with pytest.raises(AdapterError, match="not a directory"):
         opened(tmp_path / "nowhere", base)

@@ -34,7 +34,7 @@ MOST_REPEATS: Final = 6
 
 _IGNORED: Final = frozenset(
     {"auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "peft_version",
-     "qalora_group_size", "megatron_core", "fan_in_fan_out", "runtime_config", "ensure_weight_tying", "eva_config",
+     "qalora_group_size", "megatron_core", "fan_in_fan_out", "runtime_config", "eva_config",
      "init_lora_weights", "task_type", "peft_type"}
 )  # fmt: skip
 """Keys that say nothing of the answers, or are looked at apart. `fan_in_fan_out` describes a layer type of GPT-2: on
@@ -42,7 +42,7 @@ linear layers PEFT ignores it too."""
 
 _KNOWN: Final = frozenset(
     {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias", "target_modules",
-     "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
+     "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "ensure_weight_tying"}
 )  # fmt: skip
 
 _HARMLESS_STARTS: Final = (True, False, "gaussian", "eva", "orthogonal")
@@ -81,6 +81,8 @@ class AdapterConfig:
     layers_pattern: tuple[str, ...]
     modules_to_save: tuple[str, ...]
     """Ends of the names of modules that the adapter replaces whole."""
+    tied: bool
+    """Whether what it does to the embedding of a tied base, it does to the head as well."""
 
     def saves(self, module: str) -> bool:
         """Whether `module` (for instance `model.norm`), or one that holds it, is replaced whole."""
@@ -179,6 +181,7 @@ class _Reader:
             layers=self._layers(),
             layers_pattern=self._layers_pattern(),
             modules_to_save=self._names("modules_to_save"),
+            tied=self._flag("ensure_weight_tying"),
         )
 
     def _refuse_other_kinds(self) -> None:

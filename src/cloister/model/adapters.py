@@ -32,6 +32,7 @@ BASE_HASH_KEY: Final = "cloister_base_sha256"
 EMBEDDING: Final = "model.embed_tokens"
 HEAD: Final = "lm_head"
 
+_TABLES: Final = frozenset({f"{EMBEDDING}.weight", f"{HEAD}.weight"})
 _PREFIX: Final = "base_model.model."
 _REMEDY: Final = "Give the base model that the adapter was trained on, or fetch the adapter again."
 
@@ -139,6 +140,7 @@ class MergedWeights:
     def __init__(self, spec: ModelSpec, base: Checkpoint, adapter: Adapter) -> None:
         self._base = base
         self._adapter = adapter
+        self._tied = spec.tied_embeddings
         own_bias = any(product.bias.size for product in adapter.products.values())
         self.spec = replace(
             spec,
@@ -159,8 +161,7 @@ class MergedWeights:
                 values = self._base_or_zero(name)
             return values + product.bias if product is not None and product.bias.size else values
         if values is None:
-            known = name in self._base.names()
-            values = self._base.tensor(name if known or module != HEAD else f"{EMBEDDING}.weight")
+            values = self._base.tensor(stored_name(self._tied, name))
         if product is None:
             return values
         if module == EMBEDDING:
@@ -198,6 +199,7 @@ class _Reader:
             self._expected["lm_head.weight"] = self._expected["model.embed_tokens.weight"]
 
     def adapter(self) -> Adapter:
+        self._refuse_tied_products()
         products = {module: self._product(module) for module in self._targets()}
         replaced = dict(self._whole_modules())
         replaced |= dict(self._biases(replaced))
@@ -208,9 +210,22 @@ class _Reader:
                 f"{self._path} holds {len(self._stored)} tensors that {CONFIG} or the base model does not ask for: {names:.300}.",
                 remedy=_REMEDY,
             )
+        if self._config.tied and self._spec.tied_embeddings and len(_TABLES & replaced.keys()) == 1:
+            raise AdapterError(
+                f"{self._path} holds one of embedding and head, which ensure_weight_tying says are one.", remedy=_REMEDY
+            )
         if not products and not replaced:
             raise AdapterError(f"{self._path} changes nothing in this base model.", remedy=_REMEDY)
         return Adapter(self._name, self._directory, self._config, products, replaced)
+
+    def _refuse_tied_products(self) -> None:
+        """Raises for a low-rank product that embedding and head would share."""
+        targeted = any(self._config.targets(module) for module in (EMBEDDING, HEAD))
+        if self._config.tied and self._spec.tied_embeddings and targeted:
+            raise AdapterError(
+                f"{self._directory}: low-rank products on a tied embedding (ensure_weight_tying) are not implemented.",
+                remedy="Train the adapter without embed_tokens and lm_head in target_modules, or save them whole.",
+            )
 
     def _targets(self) -> Iterator[str]:
         for tensor, shape in self._expected.items():
@@ -267,8 +282,7 @@ class _Reader:
 
     def _is_base(self, tensor: str, values: np.ndarray) -> bool:
         """Whether stored values are those of the base, rounded to the precision that they are stored in."""
-        known = tensor in self._base.names()
-        base = self._base.tensor(tensor if known else f"{EMBEDDING}.weight")
+        base = self._base.tensor(stored_name(self._spec.tied_embeddings, tensor))
         return np.array_equal(widen(values), widen(narrow(base, values.dtype)))
 
     def _take(self, name: str, shape: tuple[int, ...]) -> Float32[np.ndarray, "*shape"]:
@@ -293,6 +307,11 @@ class _Reader:
                 f"{self._path}: {name} holds NaN or infinity.", remedy="Fetch or train the adapter again."
             )
         return values
+
+
+def stored_name(tied: bool, tensor: str) -> str:
+    """Returns where a checkpoint keeps `tensor`: the head of a tied model is its embedding, whatever else is stored."""
+    return f"{EMBEDDING}.weight" if tied and tensor == f"{HEAD}.weight" else tensor
 
 
 def narrow(values: Float32[np.ndarray, "*shape"], dtype: np.dtype) -> np.ndarray:

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from cloister.errors import AdapterError
-from cloister.model.adapters import BASE_HASH_KEY, CONFIG, EMBEDDING, HEAD, WEIGHTS
+from cloister.model.adapters import BASE_HASH_KEY, CONFIG, HEAD, WEIGHTS, stored_name
 from cloister.model.checkpoint import expected_tensors, widen
 from cloister.model.directory import ModelDirectory
 from cloister.model.fingerprint import checkpoint_hash
@@ -200,8 +200,7 @@ class _Slicer:
     @staticmethod
     def _stored(model: ModelDirectory, tensor: str) -> np.ndarray:
         """Returns a tensor as stored; the head of a tied model is its embedding."""
-        known = tensor in model.checkpoint.names()
-        return model.checkpoint.raw(tensor if known or _module(tensor) != HEAD else f"{EMBEDDING}.weight")
+        return model.checkpoint.raw(stored_name(model.spec.tied_embeddings, tensor))
 
     def _release(self) -> None:
         self._base.checkpoint.release()
