@@ -42,6 +42,12 @@ def slices(tuned: Path) -> Path:
     return out
 
 
+def test_help_says_when_to_slice() -> None:
+    out = run("slice", "--help").stdout
+    assert "fine-tune" in out
+    assert "--energy" in out
+
+
 def test_the_report_lies_beside_the_slices(slices: Path) -> None:
     report = json.loads((slices / "slice_report.json").read_text())
     assert report["criterion"] == {"rank": 2}

@@ -172,6 +172,12 @@ def test_the_divergence_falls_with_the_rank_on_the_demo_model(tmp_path: Path) ->
     assert found[-1].same_choice == 1
 
 
+def test_a_model_that_is_streamed_gives_the_same_logits(base: Path) -> None:
+    model = open_model(base)
+    streamed = Llama(model.spec, model.checkpoint, streamed=True)
+    np.testing.assert_array_equal(streamed.forward(TOKENS), Llama(model.spec, model.checkpoint).forward(TOKENS))
+
+
 def load_bfloat(path: Path) -> dict[str, np.ndarray]:
     model = open_model(path.parent)
     return {name: model.checkpoint.tensor(name) for name in expected_tensors(model.spec)}

@@ -18,7 +18,7 @@ from cloister.model.spec import ModelSpec
 WINDOW: Final = 256
 """Tokens per window; each is scored with the context of its own window only."""
 
-RESIDENT_PARAMETERS: Final = 200_000_000
+RESIDENT_PARAMETERS: Final = 50_000_000
 """Models up to this size are kept in memory; of larger ones, one tensor at a time is read for each window."""
 
 
