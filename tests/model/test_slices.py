@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,30 @@ def test_slices_know_their_base_by_its_hash(base: Path, tmp_path: Path) -> None:
     model = open_model(base)
     open_adapter("s", tmp_path / "slices", model.spec, model.checkpoint, progress=lambda *step: seen.append(step))
     assert seen[-1] == (len(expected_tensors(model.spec)),) * 2
+
+
+def test_memory_is_bounded_by_the_largest_tensor(base: Path, tmp_path: Path) -> None:
+    layers, tensors = 60, load_file(base / "model.safetensors")
+    for name in [name for name in tensors if ".layers.0." in name]:
+        for layer in range(2, layers):
+            tensors[name.replace(".layers.0.", f".layers.{layer}.")] = tensors[name]
+    write_model(tmp_path / "base", tensors, num_hidden_layers=layers)
+    rng = np.random.default_rng(0)
+    changed = {name: everything(name, values, rng) for name, values in tensors.items()}
+    write_model(tmp_path / "tuned", changed, num_hidden_layers=layers)
+    public, tuned = open_model(tmp_path / "base"), open_model(tmp_path / "tuned")
+    (tmp_path / "slices").mkdir()
+    largest, total = max(v.nbytes for v in tensors.values()), sum(v.nbytes for v in tensors.values())
+    del tensors, changed
+    tracemalloc.start()
+    try:
+        write_slices(public, tuned, tmp_path / "slices", Criterion(rank=2), lambda *_: None)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    bound = 5 * largest + 2**20
+    assert peak < bound, "a few copies of one tensor, and the tokenizers' vocabularies"
+    assert total > 1.5 * bound, "the test wants a model that is larger than that"
 
 
 def test_a_large_matrix_is_projected_and_still_recovered(
