@@ -42,7 +42,7 @@ def run(shape: str, tokens: int, smoke: bool, console: Console) -> Record:
         f"latency-{name}{'-smoke' if smoke else ''}",
         rows,
         ratios(results, pads) | pads,
-        {"shape": shape, "tokens": tokens, "prefills": prefills, "context": 128, "batch": 1},
+        {"shape": name, "tokens": tokens, "prefills": prefills, "context": 128, "batch": 1},
         "CPU is of the trusted process (all of it, for the unprotected and enclave-only variants). Decode at batch 1. "
         "'exact' computes in the enclave the very numbers that a lent product gives; 'int8' uses 8-bit activations.",
     )
