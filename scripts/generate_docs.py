@@ -51,6 +51,7 @@ def settings() -> str:
         "AcceleratorSettings": "accelerator",
         "CacheSettings": "cache",
         "PlanSettings": "plan",
+        "SealSettings": "seal",
     }
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name in tables:
