@@ -15,5 +15,5 @@ def open_accelerators(
     if settings.addresses:
         return [RemoteAccelerator(address) for address in settings.addresses]
     if settings.backend is Backend.CUDA:
-        return [GpuLink.start(f"gpu-{index}") for index in range(settings.workers)]
+        return [GpuLink(start(f"gpu-{index}", settings.backend, 0)) for index in range(settings.workers)]
     return [start(f"worker-{index}", settings.backend, settings.threads) for index in range(settings.workers)]

@@ -16,6 +16,7 @@ from cloister.accelerator.cuda.multiplier import DeviceBackend, open_cuda
 from cloister.accelerator.cuda.reference import ReferenceDevice
 from cloister.accelerator.inprocess import InProcessAccelerator
 from cloister.accelerator.remote import AcceleratorServer, RemoteAccelerator
+from cloister.accelerator.shared import SharedMemoryAccelerator
 from cloister.arith.digits import split_digits
 from cloister.arith.modulus import HALF
 from cloister.arith.pair import pair_product_reference
@@ -30,8 +31,9 @@ from cloister.enclave.kvcache import PagedKVCache
 from cloister.enclave.outsource import Gate
 from cloister.enclave.prepare import EnclaveModel, prepare
 from cloister.errors import AcceleratorLostError, AcceleratorProtocolError, SettingsError
+from cloister.local.accelerators import open_accelerators
 from cloister.model.directory import open_model
-from cloister.settings import Backend, BlindingSettings, Prefill, Settings, Weights
+from cloister.settings import AcceleratorSettings, Backend, BlindingSettings, Prefill, Settings, Weights
 from cloister.wire.codec import received_pair, received_rows
 from cloister.wire.messages import PublicWeight
 from cloister.wire.pairs import PairShape
@@ -199,3 +201,19 @@ def test_products_of_two_matrices_go_over_the_socket(rng: np.random.Generator) -
     with pytest.raises(AcceleratorProtocolError, match="not kept"):
         link.multiply_pair(received_pair(words[: shape.left_words], 1, PairShape(2, 12, 5, 0, 0, True, 3)), SECONDS)
     link.close()
+
+
+def test_a_gpu_worker_is_started_by_whoever_may_start_one(rng: np.random.Generator) -> None:
+    asked = []
+
+    def start(label: str, backend: Backend, threads: int) -> SharedMemoryAccelerator:
+        asked.append((label, backend))
+        return start_worker({}, backend="numba")
+
+    (link,) = open_accelerators(AcceleratorSettings(backend=Backend.CUDA), start)
+    assert isinstance(link, GpuLink)
+    weight = make_weights(rng)[0]
+    link.register(weight)
+    check(link, weight, 17, rng)
+    link.close()
+    assert asked == [("gpu-0", Backend.CUDA)]
