@@ -8,6 +8,7 @@ from rich.console import Console
 
 from cloister.audit.rivals import Block, Rival
 from cloister.bench import candidates, sanitize
+from cloister.bench import sanitize_compare as compare
 from cloister.bench import text_task as task
 from cloister.bench.sanitize_plot import plot
 from cloister.errors import SettingsError
@@ -60,14 +61,14 @@ def test_leads_are_paired_by_seed_and_interpolated_at_equal_attack() -> None:
         return {"mechanism": name, "seeds": seeds, "seeds trained sanitised": seeds} | rates
 
     rows = [row("channel", 10, 0.6), row("channel", 30, 0.8), row("TEM", 20, 0.65), row("TEM", 40, 0.7)]
-    facts = sanitize.comparisons(rows, 5)
+    facts = compare.comparisons(rows, 5)
     assert facts["channel - TEM, equal ε"] == "-5.0±0.0, +10.0±0.0"
     assert facts["channel - TEM, equal attack"] == "+5.0 at 20.0 %"
 
 
 def test_the_frontier_leaves_out_what_is_beaten() -> None:
     points = [(3.0, 0.5), (1.0, 0.4), (2.0, 0.6), (4.0, 0.55)]
-    assert sanitize.frontier(points) == [(1.0, 0.4), (2.0, 0.6), (4.0, 0.6)]
+    assert compare.frontier(points) == [(1.0, 0.4), (2.0, 0.6), (4.0, 0.6)]
 
 
 def test_the_classifier_learns_what_words_decide(rng: np.random.Generator) -> None:
