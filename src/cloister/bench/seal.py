@@ -75,7 +75,8 @@ def run(smoke: bool, console: Console) -> Record:
         facts,
         {"shape": shape, "tensors": count, "chunk_bytes": DEFAULT_CHUNK_BYTES, "repeats": repeats, "cores": 1,
          "cores_of_machine": usable_cores()},
-        "One core; processor seconds leave out the time that other programs took. Loading reads from the page cache, hashes, decrypts and assembles rows; sealing includes fsync.",
+        "One core; processor seconds leave out the time that other programs took. Loading reads from the page cache, "
+        "hashes, decrypts and assembles rows; sealing includes fsync.",
     )  # fmt: skip
 
 
