@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from cloister.errors import PrivacyError
 from cloister.privacy.mechanism import Cost, DominatingCurve
 
@@ -143,7 +145,8 @@ def _pld_epsilon(charges: list[Charge], curve: DominatingCurve | None, delta: fl
     composed = parts[0]
     for part in parts[1:]:
         composed = composed.compose(part)
-    return up(float(composed.get_epsilon_for_delta(delta)))
+    with np.errstate(over="ignore"):  # the library divides by masses near zero: infinity is the right quotient there
+        return up(float(composed.get_epsilon_for_delta(delta)))
 
 
 def _repeated(once: "PrivacyLossDistribution", count: int) -> "PrivacyLossDistribution":
