@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import threading
@@ -53,6 +54,7 @@ def mounted(operations: Any, where: Path) -> Iterator[Path]:
         program = shutil.which("fusermount3") or "fusermount"
         subprocess.run([program, "-u", str(where)], check=True)
         serve.join(10)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # libfuse leaves it at "end the process", as Python never does
 
 
 def _attributes(mode: int, size: int = 0) -> dict[str, Any]:

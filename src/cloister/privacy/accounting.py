@@ -91,7 +91,7 @@ def compose(charges: Iterable[Charge], curve: DominatingCurve | None = None, del
         return Spent(0, 0.0, 0.0, 0.0, delta)
     basic = up(math.fsum(charge.cost.epsilon * charge.count for charge in paid))
     rho = up(math.fsum(charge.cost.rho * charge.count for charge in paid))
-    pld = _pld_epsilon(paid, curve, delta) if 1 < draws <= LARGEST_PLD else basic
+    pld = min(basic, _pld_epsilon(paid, curve, delta)) if 1 < draws <= LARGEST_PLD else basic
     return Spent(draws, basic, zcdp_epsilon(rho, delta), pld, delta)
 
 
