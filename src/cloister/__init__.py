@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cloister.errors import CloisterError
     from cloister.local.client import LLM, Reply, load
+    from cloister.local.remote import connect
     from cloister.settings import Settings
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CloisterError", "Reply", "Settings", "__version__", "load"]
+__all__ = ["LLM", "CloisterError", "Reply", "Settings", "__version__", "connect", "load"]
 
 _HOMES = {
     "LLM": "cloister.local.client",
     "Reply": "cloister.local.client",
     "load": "cloister.local.client",
+    "connect": "cloister.local.remote",
     "CloisterError": "cloister.errors",
     "Settings": "cloister.settings",
 }

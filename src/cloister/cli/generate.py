@@ -2,20 +2,28 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import typer
 
 from cloister.cli import options as o
+from cloister.cli import remote as r
 from cloister.cli.display import Display, stderr, summary_text
 from cloister.cli.session import cancellable, loaded, stream
-from cloister.errors import RequestError
+from cloister.errors import RequestError, SettingsError
 from cloister.local.client import LLM, Reply
+from cloister.local.remote import RemoteLLM, RemoteReply
+from cloister.settings import Settings
 
 
 def generate(
-    model: o.ModelArgument,
+    model: Annotated[
+        Path | None, typer.Argument(help="Folder of a Hugging Face model (config.json, safetensors, tokenizer.json).")
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Text to continue; '-' or a pipe: standard input.")
     ] = None,
@@ -46,13 +54,27 @@ def generate(
     context: o.ContextOption = None,
     adapter: o.AdapterOption = None,
     use: o.UseOption = None,
+    connect: r.ConnectOption = None,
+    verify_policy: r.VerifyPolicyOption = None,
+    measurement: r.MeasurementOption = None,
+    root: r.RootsOption = None,
+    model_root: r.ModelRootOption = None,
+    receipt: r.ReceiptOption = None,
     quiet: o.QuietOption = False,
     as_json: o.JsonOption = False,
 ) -> None:
     """Continue a prompt, with every large product blinded, lent and checked.
 
     [bold]cloister generate ~/models/tinyllama -p "Once upon a time" -n 100[/bold]
+
+    With --connect the model runs in an enclave elsewhere ([bold]cloister serve[/bold]). It is verified before anything of the
+    prompt leaves, and its answer comes with a receipt.
     """
+    remote_only = (verify_policy, measurement, root, model_root, receipt)
+    if (model is None) == (connect is None):
+        raise SettingsError("It must be said what answers.", remedy="Give either MODEL or --connect HOST:PORT.")
+    if connect is None and any(value is not None for value in remote_only):
+        raise SettingsError("Options of --connect were given without it.", remedy="Add --connect HOST:PORT.")
     plan = o.PlanOptions(policy, threat, rules, insecure)
     runtime = o.RuntimeOptions(
         file, weights, plan, addresses, workers, backend, pantry, when_empty, prefill, on_failure, timeout, context
@@ -61,15 +83,32 @@ def generate(
     sampling = o.sampling(max_tokens, temperature, top_k, top_p, min_p, seed, stop)
     display = Display(quiet or as_json)
     adapters = o.adapters(adapter)
-    voice = o.adapter_in_use(use, adapters)
-    with loaded(model, runtime.settings(), display, adapters=adapters) as llm:
+    remote_voice = "" if use in (None, "base") else str(use)
+    voice = remote_voice if connect is not None else o.adapter_in_use(use, adapters)
+
+    @contextmanager
+    def opened() -> Iterator[LLM | RemoteLLM]:
+        if connect is not None:
+            if runtime.settings() != Settings() or adapters:
+                raise SettingsError(
+                    "How the model runs is the server's choice.", remedy="Give these to cloister serve."
+                )
+            with r.connected(connect, verify_policy, measurement, root, model_root) as there:
+                yield there
+        elif model is not None:
+            with loaded(model, runtime.settings(), display, adapters=adapters) as here:
+                yield here
+
+    with opened() as llm:
         with cancellable(llm):
             reply = _ask(llm, text, chat, voice, sampling)
             if as_json:
                 print(json.dumps(_record(reply, display)))
-                return
-            stream(reply, display, quiet)
-        if reply.finished is not None and not quiet:
+            else:
+                stream(reply, display, quiet)
+        if receipt is not None and isinstance(reply, RemoteReply) and reply.receipt is not None:
+            r.save(reply.receipt, receipt)
+        if reply.finished is not None and not quiet and not as_json:
             stderr().print(summary_text(reply.finished))
 
 
@@ -81,7 +120,7 @@ def _prompt(prompt: str | None) -> str:
     return sys.stdin.read()
 
 
-def _ask(llm: LLM, text: str, chat: bool, adapter: str, sampling: dict[str, Any]) -> Reply:
+def _ask(llm: LLM | RemoteLLM, text: str, chat: bool, adapter: str, sampling: dict[str, Any]) -> Reply:
     if chat:
         return llm.chat([{"role": "user", "content": text}], adapter=adapter, **sampling)
     return llm.generate(text, adapter=adapter, **sampling)

@@ -1,20 +1,25 @@
 """`cloister serve`: an enclave that answers clients elsewhere, who verify it first."""
 
+import signal
 import socket
-from datetime import UTC, datetime
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+from rich.text import Text
 
 from cloister.cli import options as o
-from cloister.cli.display import stderr
+from cloister.cli.display import Display, stderr
 from cloister.errors import SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from cloister.attest.evidence import Attester
+    from cloister.settings import Settings
 
 ListenOption = Annotated[str, typer.Option("--listen", help="host:port for clients. What travels is sealed.")]
 StandInOption = Annotated[
@@ -33,10 +38,17 @@ BrokerAddress = Annotated[
 ]
 
 
+PolicyOutOption = Annotated[
+    Path | None,
+    typer.Option("--policy-out", help="With --stand-in: write the policy file that clients verify this enclave with."),
+]
+
+
 def serve(
     model: o.ModelArgument,
     listen: ListenOption = "127.0.0.1:7780",
     stand_in: StandInOption = False,
+    policy_out: PolicyOutOption = None,
     tsm_helper: HelperOption = None,
     collateral: CollateralOption = None,
     broker: BrokerAddress = None,
@@ -45,57 +57,95 @@ def serve(
 ) -> None:
     """Serve a model from inside a TEE, through the sealed channel, with evidence per connection and a receipt per answer.
 
-    Start it inside the TEE (see the folder deploy/). It refuses to start without one, unless --stand-in is given.
+    Start it inside the TEE (see the folder deploy/). It refuses to start without one, unless --stand-in is given: then the
+    enclave is a confined process of its own, and proves nothing. Ctrl-C ends it.
+
+    [bold]cloister serve ~/models/tinyllama --stand-in --policy-out policy.toml[/bold]
+
+    A client then runs [bold]cloister generate --connect HOST:7780 --verify-policy policy.toml -p "..."[/bold].
     """
-    from cloister.attest.measure import measure, this_program
+    chosen = o.RuntimeOptions(settings, addresses=accelerator).settings()
+    with _ending():
+        if stand_in:
+            if tsm_helper is not None or collateral is not None:
+                raise SettingsError(
+                    "A stand-in has no helper and no collateral.", remedy="Leave --stand-in out in a TEE."
+                )
+            if broker:
+                chosen = replace(chosen, seal=replace(chosen.seal, broker=broker))
+            _confined(model, listen, chosen, policy_out)
+        elif policy_out is not None:
+            raise SettingsError(
+                "A policy for hardware names what the hardware measures.", remedy="Write it from cloister verify HOST."
+            )
+        else:
+            _inside(model, listen, chosen, _attester(tsm_helper, collateral), broker)
+
+
+def _confined(model: Path, listen: str, settings: "Settings", policy_out: Path | None) -> None:
+    from cloister.local.confined import ConfinedServer, write_policy
+
+    console, display = stderr(), Display()
+    with display.loading():
+        server = ConfinedServer(model, settings, listen=listen, listener=display)
+    with server:
+        if policy_out is not None:
+            write_policy(policy_out, server.policy)
+        console.print(Text(f"enclave: {server.info.tee}", style="yellow"), soft_wrap=True)
+        if server.info.warning:
+            console.print(Text(server.info.warning, style="bold red"))
+        console.print(f"stand-in root sim={server.stand_in}", soft_wrap=True)
+        console.print(f"{server.info.model} at {server.address}, measurement {server.info.measurement}", soft_wrap=True)
+        console.print("[bold yellow]This is a software stand-in: no hardware protects what it runs.[/bold yellow]")
+        server.serve()
+
+
+def _inside(
+    model: Path, listen: str, settings: "Settings", attester: "Callable[[bytes], Attester]", broker: str | None
+) -> None:
     from cloister.local.client import plain_settings
+    from cloister.local.confined import parse_address
     from cloister.local.opening import Owner
     from cloister.local.serve import EnclaveServer
     from cloister.seal.client import connect
-    from cloister.seal.manifest import Expected
-    from cloister.seal.package import Package, is_package
+    from cloister.seal.package import is_package
     from cloister.wire.session import Open
 
-    attester = _attester(stand_in, tsm_helper, collateral)
-    chosen = o.RuntimeOptions(settings, addresses=accelerator).settings()
-    owner, root = None, None
+    owner = None
     if is_package(model):
         if not broker:
             raise SettingsError(f"{model} is sealed.", remedy="Name its owner's broker: --broker HOST:PORT.")
-        connection = connect(broker)
-        owner = Owner(connection.sock, attester)
-        with Package.open(model, Expected(signers="the broker knows its packages", min_version=1)) as package:
-            root = package.root
-    digest = measure(this_program(chosen, model=root)).digest
+        owner = Owner(connect(broker).sock, attester)
     console = stderr()
-    request = Open(str(model.resolve()), plain_settings(chosen))
-    host, _, port = listen.rpartition(":")
-    if not port.isdecimal():
-        raise SettingsError(f"{listen!r} is not host:port.", remedy="Write 0.0.0.0:7780.")
+    request = Open(str(model.resolve()), plain_settings(settings))
+    where = parse_address(listen)
     with console.status("opening the model ..."):
-        server = EnclaveServer(request, attester, digest, owner)
-    with server, socket.create_server((host.strip("[]") or "127.0.0.1", int(port))) as listener:
+        server = EnclaveServer(request, attester, owner=owner)
+    with server, socket.create_server(where) as listener:
         bound, number = listener.getsockname()[:2]
-        console.print(f"{server.ready.model} at {bound}:{number}, measurement {digest.hex()}", soft_wrap=True)
-        if stand_in:
-            console.print("[bold yellow]This is a software stand-in: no hardware protects what it runs.[/bold yellow]")
+        measurement = server.ready.measurement
+        console.print(f"{server.ready.model} at {bound}:{number}, measurement {measurement}", soft_wrap=True)
         server.serve(listener)
 
 
-def _attester(stand_in: bool, helper: Path | None, collateral: Path | None) -> "Callable[[bytes], Attester]":
-    from cloister.attest.helper import HelperAttester
-    from cloister.attest.sim import Installation
-    from cloister.attest.sources import collateral_file, find_attester
-    from cloister.local.broker_link import stand_in_file
-    from cloister.local.opening import stand_in as make
+@contextmanager
+def _ending() -> "Iterator[None]":
+    """Makes Ctrl-C and a service manager's SIGTERM inside the block a clean end."""
 
-    if stand_in:
-        if helper is not None or collateral is not None:
-            raise SettingsError("A stand-in has no helper and no collateral.", remedy="Leave --stand-in out in a TEE.")
-        file = stand_in_file()
-        fingerprint = Installation.open(file, datetime.now(UTC)).fingerprint
-        stderr().print(f"stand-in with the root {fingerprint.hex()}", soft_wrap=True)
-        return make(file)
+    def end(_number: int, _frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except KeyboardInterrupt:
+        stderr().print("Ended.")
+
+
+def _attester(helper: Path | None, collateral: Path | None) -> "Callable[[bytes], Attester]":
+    from cloister.attest.helper import HelperAttester
+    from cloister.attest.sources import collateral_file, find_attester
+
     if helper is not None:
         asked = HelperAttester(helper)
         return lambda _measurement: asked

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from cloister.cli.display import AnswerView, Display, stderr
 from cloister.local.client import LLM, Reply
+from cloister.local.remote import RemoteLLM
 from cloister.settings import Settings
 from cloister.wire.session import Rehearsal
 
@@ -32,7 +33,7 @@ def loaded(
 
 
 @contextmanager
-def cancellable(llm: LLM) -> Iterator[None]:
+def cancellable(llm: LLM | RemoteLLM) -> Iterator[None]:
     """Makes the first Ctrl-C inside the block stop the generation, and the second one the program."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:

@@ -96,11 +96,14 @@ class LLM:
         rehearsal: Rehearsal | None = None,
         listener: Listener | None = None,
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+        connections: socket.socket | None = None,
     ) -> None:
+        """Starts the enclave. With `connections` it serves the clients whose sockets arrive there, not this object."""
         settings = settings or Settings()
         model, named = _resolved(directory), {name: _resolved(path) for name, path in (adapters or {}).items()}
-        sealed = [stand_in_file()] if is_package(Path(model)) else []
-        confinement = enclave_confinement([*(Path(path) for path in (model, *named.values())), *sealed], settings)
+        sealed = is_package(Path(model))
+        stand_in = [stand_in_file()] if sealed or connections is not None else []
+        confinement = enclave_confinement([*(Path(path) for path in (model, *named.values())), *stand_in], settings)
         link = BrokerLink(settings.seal.broker) if sealed else None
         self._listener = listener
         self._generating = False
@@ -110,10 +113,16 @@ class LLM:
         self._session = SessionSocket(ours)
         self._workers = WorkerStarter(settings.accelerator)
         with theirs, self._workers.theirs as launcher:
-            handed = [theirs.fileno(), launcher.fileno(), *([link.theirs.fileno()] if link is not None else [])]
+            handed = {"session": theirs.fileno(), "launcher": launcher.fileno()}
+            if link is not None:
+                handed["broker"] = link.theirs.fileno()
+            if connections is not None:
+                handed["connections"] = connections.fileno()
+            arguments = [f"--{name}={number}" for name, number in handed.items()]
+            arguments += [f"--stand-in={path}" for path in stand_in]
             self._process = subprocess.Popen(
-                enclave_command(confinement, environment, *map(str, [*handed, *sealed])),
-                pass_fds=handed,
+                enclave_command(confinement, environment, *arguments),
+                pass_fds=tuple(handed.values()),
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
@@ -140,16 +149,11 @@ class LLM:
             RequestError: the request is invalid.
             AcceleratorError: the accelerators failed and the settings say to stop.
         """
-        turns = []
-        for message in messages:
-            if set(message) != {"role", "content"}:
-                raise RequestError(f"A message has the keys {sorted(message)}.", remedy="Give role and content.")
-            turns.append(Turn(message["role"], message["content"]))
-        return self._generate(Generate(_sampling(sampling), chat=tuple(turns), adapter=adapter))
+        return self._generate(chat_request(messages, adapter, sampling))
 
     def generate(self, prompt: str, *, adapter: str = "", **sampling: object) -> Reply:
         """Returns the continuation of `prompt`, as it is generated; arguments and errors as for `chat`."""
-        return self._generate(Generate(_sampling(sampling), prompt=prompt, adapter=adapter))
+        return self._generate(prompt_request(prompt, adapter, sampling))
 
     def cancel(self) -> None:
         """Asks the enclave to stop the generation in hand; its reply then ends with the reason `cancelled`."""
@@ -170,6 +174,15 @@ class LLM:
         while not isinstance(message := self._receive(), Sightings):
             self._note(message)
         return message
+
+    def watch(self) -> None:
+        """Passes on what an enclave that serves others reports, for as long as it lives.
+
+        Raises:
+            EnclaveLostError: it ended.
+        """
+        while True:
+            self._note(self._receive())
 
     def close(self) -> None:
         """Ends the enclave process and its workers; harmless when already closed."""
@@ -243,7 +256,7 @@ class LLM:
             raise self._lost()
         if isinstance(message, Failure):
             self._generating = False
-            raise _error(message)
+            raise error_of(message)
         return message
 
     def _lost(self) -> EnclaveLostError:
@@ -278,6 +291,21 @@ def load(
     return LLM(directory, settings, listener=listener, adapters=adapters)
 
 
+def chat_request(messages: Sequence[Mapping[str, str]], adapter: str, sampling: dict[str, object]) -> Generate:
+    """Returns the request for the answer to a chat; raises `RequestError` if it is invalid."""
+    turns = []
+    for message in messages:
+        if set(message) != {"role", "content"}:
+            raise RequestError(f"A message has the keys {sorted(message)}.", remedy="Give role and content.")
+        turns.append(Turn(message["role"], message["content"]))
+    return Generate(_sampling(sampling), chat=tuple(turns), adapter=adapter)
+
+
+def prompt_request(prompt: str, adapter: str, sampling: dict[str, object]) -> Generate:
+    """Returns the request for a continuation; raises `RequestError` if it is invalid."""
+    return Generate(_sampling(sampling), prompt=prompt, adapter=adapter)
+
+
 def _resolved(path: str | os.PathLike[str]) -> str:
     return str(Path(path).expanduser().resolve())
 
@@ -298,7 +326,8 @@ def plain_settings(settings: Settings) -> dict[str, dict[str, object]]:
     }
 
 
-def _error(failure: Failure) -> CloisterError:
+def error_of(failure: Failure) -> CloisterError:
+    """Returns the error that an enclave reports, of its own class where there is such a one."""
     kind = getattr(errors, failure.kind, CloisterError)
     if not (isinstance(kind, type) and issubclass(kind, CloisterError)):
         kind = CloisterError

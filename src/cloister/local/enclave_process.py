@@ -1,31 +1,39 @@
-"""The enclave process of this machine: `cloister.local.enclave_process FD FD`. Wires engine and accelerators.
+"""The enclave process of this machine: `cloister.local.enclave_process --session FD --launcher FD`: engine and accelerators.
 
 On a plain machine this is a software stand-in for a trusted execution environment: a process of its own, confined to its
 model and its sockets (`local.sandbox`), but not protected from root. It says so in the message that it is ready with.
 """
 
+import argparse
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from cloister.accelerator.api import Accelerator
 from cloister.accelerator.shared import SharedMemoryAccelerator
 from cloister.arith.team import Team, usable_cores
+from cloister.attest.evidence import Attester
+from cloister.attest.measure import measure, this_program
 from cloister.audit.observer import Observer
 from cloister.audit.tamper import Tamper
 from cloister.blinding.mill import Mill
 from cloister.blinding.pads import PadSource
 from cloister.enclave.adapters import load_adapter
 from cloister.enclave.engine import Engine
+from cloister.enclave.outsource import Incident
 from cloister.enclave.prepare import prepare
+from cloister.enclave.serving import SealedService
 from cloister.enclave.session import Session, failure, report
-from cloister.errors import AcceleratorError, CloisterError, WireError
+from cloister.errors import AcceleratorError, AdapterError, CloisterError, WireError
 from cloister.isolation.launch import applied
 from cloister.local.accelerators import open_accelerators
 from cloister.local.assembly import assemble, outside, register, release
-from cloister.local.opening import Owner, open_asked, stand_in
+from cloister.local.connections import Connections
+from cloister.local.opening import Opened, Owner, open_asked, stand_in
 from cloister.local.voices import describe, voice_of
 from cloister.local.workbench import chosen_plan
 from cloister.local.workers import StartWorker, asking
@@ -50,16 +58,32 @@ def rehearse(accelerators: Sequence[Accelerator], rehearsal: Rehearsal) -> tuple
     return staged, observer
 
 
+@dataclass(frozen=True)
+class Serving:
+    """What it takes to serve remote clients."""
+
+    attester: Callable[[bytes], Attester]
+    """Given the measurement of this program, returns what proves that it runs here."""
+    start: Callable[[Connections], None]
+    """Told where connections go, once the model is open."""
+    measurement: bytes = b""
+    """The measurement, where it was taken already."""
+
+
 class EnclaveProcess:
-    """Opens one model and serves one client."""
+    """Opens one model and serves one client, or remote ones."""
 
     def __init__(
-        self, session: SessionSocket, start: StartWorker = SharedMemoryAccelerator.start, owner: Owner | None = None
+        self,
+        session: SessionSocket,
+        start: StartWorker = SharedMemoryAccelerator.start,
+        owner: Owner | None = None,
+        serving: Serving | None = None,
     ) -> None:
         self._session = session
+        self._serving = serving
+        self._refused = 0
         self._owner = owner
-        self.root = b""
-        """Identity of the sealed model that is open; empty of a plain folder."""
         self._start = start
         self._accelerators: list[Accelerator] = []
         self._mill: Mill | None = None
@@ -72,11 +96,11 @@ class EnclaveProcess:
         try:
             if not isinstance(request, Open):
                 raise WireError("The first message of a session must open a model.")
-            serving = self._open(request)
+            serve = self._open(request)
         except CloisterError as error:
             self._session.send(failure(error))
             return
-        serving.serve()
+        serve()
 
     def close(self) -> None:
         """Ends the workers and the mill."""
@@ -85,11 +109,11 @@ class EnclaveProcess:
         for accelerator in self._accelerators:
             accelerator.close()
 
-    def _open(self, request: Open) -> Session:
-        settings = from_mapping(Settings, request.settings)
+    def _open(self, request: Open) -> Callable[[], None]:
+        settings = asked = from_mapping(Settings, request.settings)
         checking = partial(self._progress, "checking the base", "tensors")
         opened = open_asked(Path(request.model), request.adapters, settings, self._owner, checking)
-        self.root = opened.root
+        attester, measurement = self._attester(opened, request, asked)
         directory, adapters, settings = opened.directory, opened.adapters, opened.settings
         spec = directory.spec
         rank = max((rank for adapter in adapters for rank in adapter.ranks.values()), default=0)
@@ -111,7 +135,7 @@ class EnclaveProcess:
         register(staged, weights, self._given_up, partial(self._progress, "registering", "weights"))
         parts = assemble(
             model, plan, settings, staged, source,
-            on_incident=partial(report, self._session), on_stock=partial(self._progress, "stocking pads", "tokens"),
+            on_incident=self._incident, on_stock=partial(self._progress, "stocking pads", "tokens"),
         )  # fmt: skip
         self._mill = parts.mill
         voices = {
@@ -122,24 +146,54 @@ class EnclaveProcess:
             parts.forward, parts.gate, parts.pantry, directory.tokenizer, directory.defaults,
             mill=self._mill, adapters=voices, release=release(plan, settings),
         )  # fmt: skip
-        self._session.send(
-            Ready(
-                model=directory.path.name,
-                family=spec.family.value,
-                parameters=spec.parameters,
-                max_context=parts.forward.max_context,
-                has_chat_template=directory.tokenizer.has_chat_template,
-                accelerators=parts.gate.accelerators,
-                tee=f"{STAND_IN}; {applied() or 'not confined'}",
-                policy=plan.policy,
-                plan=plan.digest(),
-                warning=INSECURE.format(plan.policy) if isinstance(plan, InsecurePlan) else "",
-                adapters=tuple(
-                    describe(adapter, own, voices[own.name]) for adapter, own in zip(adapters, loaded, strict=True)
-                ),
-            )
+        ready = Ready(
+            model=directory.path.name,
+            family=spec.family.value,
+            parameters=spec.parameters,
+            max_context=parts.forward.max_context,
+            has_chat_template=directory.tokenizer.has_chat_template,
+            accelerators=parts.gate.accelerators,
+            tee=f"{STAND_IN}; {applied() or 'not confined'}",
+            policy=plan.policy,
+            plan=plan.digest(),
+            warning=INSECURE.format(plan.policy) if isinstance(plan, InsecurePlan) else "",
+            adapters=tuple(
+                describe(adapter, own, voices[own.name]) for adapter, own in zip(adapters, loaded, strict=True)
+            ),
+            measurement=measurement.hex(),
+            model_root=opened.root.hex(),
         )
-        return Session(self._session, engine, partial(sightings, observer) if observer is not None else None)
+        if self._serving is not None and attester is not None:
+            service = SealedService(
+                engine, ready, attester, checks=settings.blinding.checks, refused=lambda: self._refused
+            )
+            self._serving.start(connections := Connections(service.serve))
+            self._session.send(ready)
+            return partial(self._wait, connections)
+        serve = Session(self._session, engine, partial(sightings, observer) if observer is not None else None).serve
+        self._session.send(ready)
+        return serve
+
+    def _wait(self, connections: Connections) -> None:
+        """Lets remote clients be served until the launcher is gone."""
+        with closing(connections):
+            while self._session.receive_to_enclave() is not None:
+                pass
+
+    def _attester(self, opened: Opened, request: Open, asked: Settings) -> tuple[Attester | None, bytes]:
+        """Returns what signs evidence for remote clients, and the measurement of this program; nothing where there are none."""
+        if self._serving is None:
+            return None, b""
+        if request.adapters:
+            raise AdapterError("Adapters in other folders are not measured.", remedy="Seal them with the model.")
+        measured = self._serving.measurement
+        if not measured:
+            measured = measure(this_program(asked, model=opened.root or Path(request.model))).digest
+        return self._serving.attester(measured), measured
+
+    def _incident(self, incident: Incident) -> None:
+        self._refused += 1
+        report(self._session, incident)
 
     def _progress(self, stage: str, unit: str, done: int, total: int) -> None:
         self._session.send(Progress(stage, done, total, unit))
@@ -163,16 +217,30 @@ def sightings(observer: Observer) -> Sightings:
     )
 
 
+def _inherited(number: str) -> socket.socket:
+    return socket.socket(fileno=int(number))
+
+
+def _handed(connections: socket.socket, keys: Path) -> Serving:
+    """Returns what serves clients whose sockets arrive on `connections`, with a stand-in."""
+    return Serving(stand_in(keys), lambda made: made.take(connections))
+
+
 def main() -> int:
     """Runs the enclave process on inherited sockets, and returns the exit code.
 
-    Arguments: descriptors of the session's and the launcher's socket; for a sealed model also that of a socket connected to its
-    owner's broker, and the file of the stand-in's keys.
+    `--session`, `--launcher`: descriptors of their sockets. `--broker`: of a socket connected to the owner's broker, for a sealed
+    model. `--connections`: of the socket over which clients' connections come. `--stand-in`: file of the stand-in's keys.
     """
-    session, launcher, *broker = (socket.socket(fileno=int(number)) for number in sys.argv[1:4])
-    owner = Owner(broker[0], stand_in(Path(sys.argv[4]))) if broker else None
-    with session as sock, launcher:
-        process = EnclaveProcess(SessionSocket(sock), asking(launcher), owner)
+    parser = argparse.ArgumentParser()
+    for name in ("session", "launcher", "broker", "connections"):
+        parser.add_argument(f"--{name}", type=_inherited)
+    parser.add_argument("--stand-in", type=Path)
+    given = parser.parse_args()
+    owner = Owner(given.broker, stand_in(given.stand_in)) if given.broker else None
+    serving = _handed(given.connections, given.stand_in) if given.connections else None
+    with given.session as sock, given.launcher as launcher:
+        process = EnclaveProcess(SessionSocket(sock), asking(launcher), owner, serving)
         try:
             process.run()
         except WireError:

@@ -6,6 +6,7 @@ refused by its length, before it is read.
 Does not cover: secrecy and integrity, which `wire.channel` gives; HTTP, which carries the same messages.
 """
 
+import select
 import socket
 import struct
 import time
@@ -15,7 +16,7 @@ from types import TracebackType
 from typing import Final
 
 from cloister.errors import ChannelError
-from cloister.wire.channel import REFUSED, AnswerSealer, Check, ClientChannel, Prove, ServerChannel
+from cloister.wire.channel import REFUSED, AnswerReader, AnswerSealer, Check, ClientChannel, Prove, ServerChannel
 from cloister.wire.channel_messages import (
     MAX_FRAME_BYTES,
     MAX_HELLO_BYTES,
@@ -28,6 +29,11 @@ from cloister.wire.channel_messages import (
 
 HANDSHAKE_SECONDS: Final = 30.0
 """Longest wait for a hello or an offer; hardware evidence can take seconds."""
+
+SEND_SECONDS: Final = 120.0
+"""Longest time for a message to leave."""
+INTERRUPTION_BYTES: Final = 8192
+"""Longest request that is read while another is being answered; a sealed `Cancel` is shorter."""
 
 _LENGTH: Final = struct.Struct(">I")
 
@@ -45,6 +51,7 @@ class MessageSocket:
             ChannelError: the peer is gone.
         """
         try:
+            self._socket.settimeout(SEND_SECONDS)
             self._socket.sendall(_LENGTH.pack(len(message)) + message)
         except OSError as error:
             raise ChannelError(f"The peer is gone ({error}).") from error
@@ -63,6 +70,29 @@ class MessageSocket:
         if length > limit:
             raise ChannelError(f"The peer announced {length} bytes; at most {limit} are read.")
         return self._read(length, deadline) or b""
+
+    def pending(self) -> bool:
+        """Returns, without waiting, whether there is a whole short message, one that is too long, or the end."""
+        poller = select.poll()
+        poller.register(self._socket, select.POLLIN | select.POLLRDHUP)
+        ready = poller.poll(0)
+        if not ready:
+            return False
+        try:
+            head = self._socket.recv(_LENGTH.size + INTERRUPTION_BYTES, socket.MSG_PEEK)
+        except OSError:
+            return True
+        if ready[0][1] & ~select.POLLIN or not head:
+            return True
+        if len(head) < _LENGTH.size:
+            return False
+        (length,) = _LENGTH.unpack_from(head)
+        return length > INTERRUPTION_BYTES or len(head) >= _LENGTH.size + length
+
+    def abort(self) -> None:
+        """Ends the connection under a thread that still uses it; `close` it when that thread is done."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Closes the connection."""
@@ -111,15 +141,26 @@ class SealedClient:
             raise
 
     def ask(self, request: bytes) -> Iterator[bytes]:
-        """Yields the pieces of the answer, and ends only after the final one.
+        """Sends a request; returns an iterator over the pieces of its answer, which ends only after the final one.
 
         Raises:
             ChannelError: the answer is cut, changed, or not the one to this request.
         """
         message, reader = self._channel.seal(request)
         self._messages.send(message)
+        return self._pieces(reader)
+
+    def _pieces(self, reader: AnswerReader) -> Iterator[bytes]:
         while not reader.finished:
             yield reader.open(self._next(MAX_FRAME_BYTES, self._seconds))
+
+    def tell(self, request: bytes) -> None:
+        """Sends a request that has no answer of its own, such as to cancel the one in hand."""
+        self._messages.send(self._channel.seal(request)[0])
+
+    def usable(self) -> bool:
+        """Returns whether the connection is still open; to be asked between two answers only."""
+        return not self._messages.pending()
 
     def close(self) -> None:
         """Closes the connection."""
@@ -174,9 +215,31 @@ class SealedServer:
             message = self._messages.receive(MAX_REQUEST_BYTES + 2 * OVERHEAD_BYTES, self._idle)
             return None if message is None else self._channel.open(message)
 
+    def interruption(self) -> bytes | None:
+        """Returns a short request that came while another is being answered; None if there is none. Never waits for one.
+
+        Raises:
+            ChannelError: the client is gone, or sent something else.
+        """
+        if not self._messages.pending():
+            return None
+        message = self._messages.receive(INTERRUPTION_BYTES, 1.0)
+        if message is None:
+            raise ChannelError("The client is gone.")
+        return self._channel.open(message)[0]
+
     def send(self, frame: bytes) -> None:
         """Sends a frame of an answer."""
         self._messages.send(frame)
+
+    def refuse(self) -> None:
+        """Tells the peer that it is refused, and nothing else."""
+        with suppress(ChannelError):
+            self._messages.send(REFUSED)
+
+    def abort(self) -> None:
+        """Ends the connection under a thread that still uses it."""
+        self._messages.abort()
 
     def close(self) -> None:
         """Closes the connection and forgets its keys."""

@@ -87,6 +87,10 @@ class AskSightings(_Message, frozen=True):
     """Asks what the accelerator has seen so far (only with `Rehearsal.observe`)."""
 
 
+class AskInfo(_Message, frozen=True):
+    """Asks, over the sealed channel, for what runs there: the answer is `Ready`."""
+
+
 class Progress(_Message, frozen=True):
     """How far a long stage is: `unit` says what is counted (bytes, tokens)."""
 
@@ -126,6 +130,10 @@ class Ready(_Message, frozen=True):
     warning: str = ""
     """What every user of an insecure baseline must be told."""
     adapters: tuple[AdapterInfo, ...] = ()
+    measurement: str = ""
+    """Of an enclave that serves others: what its evidence says, in hexadecimal."""
+    model_root: str = ""
+    """Identity of a sealed model, in hexadecimal; empty of a plain folder."""
 
 
 class Delta(_Message, frozen=True):
@@ -206,6 +214,11 @@ class Failure(_Message, frozen=True):
 
 ToEnclave = Open | Generate | Cancel | AskStatus | AskSightings
 FromEnclave = Progress | Ready | Delta | Event | Finished | StatusReport | Sightings | Failure
+
+Asked = Generate | Cancel | AskInfo
+"""What a client asks inside the sealed channel."""
+Answered = Ready | Delta | Finished | Failure
+"""What the enclave answers there; behind `Finished` or `Failure` comes the signed receipt, and nothing else."""
 
 Kind = TypeVar("Kind")
 

@@ -1,0 +1,141 @@
+"""The launcher of a confined stand-in that serves remote clients: it accepts connections and hands each to the enclave.
+
+Covers: listening, handing over, ending. The enclave has no network of its own; the launcher sees sealed bytes and no more.
+Guarantees: every accepted socket is the enclave's alone. Does not cover: limits and deadlines, which are the enclave's
+(`local.connections`, `enclave.serving`), so that they do not depend on this process.
+"""
+
+import os
+import socket
+import threading
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from cloister.attest.sim import Installation
+from cloister.errors import SettingsError
+from cloister.local.broker_link import stand_in_file
+from cloister.local.client import LLM, Listener
+from cloister.seal.policy import stand_in_policy
+from cloister.settings import Settings
+
+PORT: Final = 7780
+"""Where clients look when an address names no port."""
+
+
+class ConfinedServer:
+    """An enclave that serves remote clients. Use it as a context manager, or call `close`."""
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        settings: Settings | None = None,
+        *,
+        listen: str = f"127.0.0.1:{PORT}",
+        listener: Listener | None = None,
+    ) -> None:
+        """Listens on `listen` (host:port; port 0: any free one), and starts the enclave.
+
+        Raises:
+            SettingsError: the address cannot be had. What `cloister.load` raises is raised too.
+        """
+        host, port = parse_address(listen)
+        try:
+            self._socket = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        except OSError as error:
+            raise SettingsError(f"Cannot listen on {listen}: {error}.", remedy="Choose another host:port.") from error
+        self._closed = False
+        self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                self._llm = LLM(directory, settings, listener=listener, connections=theirs)
+        except BaseException:
+            self._socket.close()
+            self._ours.close()
+            raise
+        self.info = self._llm.info
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def address(self) -> str:
+        """Where it listens, as a client writes it."""
+        host, port = self._socket.getsockname()[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    @property
+    def policy(self) -> str:
+        """The policy, as TOML, that accepts this very enclave: the stand-in of this installation, with its measurement."""
+        return stand_in_policy(bytes.fromhex(self.stand_in), [self.info.measurement])
+
+    @property
+    def stand_in(self) -> str:
+        """Fingerprint of this installation's stand-in, in hexadecimal."""
+        return Installation.open(stand_in_file(), datetime.now(UTC)).fingerprint.hex()
+
+    def serve(self) -> None:
+        """Serves until the enclave ends.
+
+        Raises:
+            EnclaveLostError: it ended.
+        """
+        self._llm.watch()
+
+    def close(self) -> None:
+        """Ends listening, every connection and the enclave; harmless when already closed."""
+        self._closed = True
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._ours.close()
+        self._llm.close()
+
+    def __enter__(self) -> "ConfinedServer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                sock, _ = self._socket.accept()
+            except OSError:
+                time.sleep(0.1)  # out of descriptors, or closed
+                continue
+            with sock, suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                socket.send_fds(self._ours, [b"connection"], [sock.fileno()])
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Returns host and port of `host`, `host:port` or `[host]:port`.
+
+    Raises:
+        SettingsError: it is none of them.
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or text.endswith("]"):
+        host, port = text, str(PORT)
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
+        raise SettingsError(f"{text!r} is not an address.", remedy="Give HOST:PORT.")
+    return host, int(port)
+
+
+def write_policy(path: Path, text: str) -> None:
+    """Writes a policy file; whoever holds it trusts what it names.
+
+    Raises:
+        SettingsError: it is there already, or cannot be written.
+    """
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise SettingsError(
+            f"The policy {path} cannot be written: {error.strerror}.", remedy="Name another file."
+        ) from error
