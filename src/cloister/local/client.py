@@ -186,6 +186,7 @@ class LLM:
 
     def close(self) -> None:
         """Ends the enclave process and its workers; harmless when already closed."""
+        self._generating = False  # a reply that is dropped later has nothing left to cancel
         self._session.close()
         try:
             self._process.wait(timeout=10)
