@@ -89,6 +89,11 @@ class Engine:
         self.cached: list[int] = []  # tokens whose keys and values are in the cache
 
     @property
+    def adapter(self) -> str:
+        """The adapter in use; empty: the base model."""
+        return self._voice
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the model or adapter in use."""
         return self._voices[self._voice].tokenizer
@@ -265,9 +270,10 @@ class _Run:
         return logits
 
     def _pass(self, tokens: list[int], sequence_length: int = 0) -> Float32[np.ndarray, " vocab"]:
-        logits = self._engine.forward.run(tokens, sequence_length)
-        self._engine.cached.extend(tokens)
-        return self._engine.release.apply(logits, self._engine.cached)
+        engine = self._engine
+        logits = engine.forward.run(tokens, sequence_length)
+        engine.cached.extend(tokens)
+        return engine.release.apply(logits, engine.cached, engine.adapter)
 
     def _delta(self, sampled: Sampled) -> tuple[Delta, bool]:
         text, stopped = self._stops.push(self._decoder.push(sampled.token))

@@ -4,7 +4,8 @@ Covers: log-probabilities that are withheld where the threat profile keeps logit
 head away (Carlini et al. 2024, arXiv 2403.06634); and noise on logits before anything is chosen or released, as SecureInfer
 proposes without saying which (our choice: Gaussian, in nats).
 Guarantees: with noise, no exact logit leaves, neither as a log-probability nor through the choice of a token. The noise is a
-function of the context under a key of this process, so that asking again averages nothing away.
+function of adapter and context under a key of this process: asking again averages nothing away, and what is known of a public
+base says nothing about the noise on an adapter's logits.
 Does not cover: how much noise stops extraction (the audit's attacks measure that), or what answers themselves tell.
 """
 
@@ -35,11 +36,14 @@ class Release:
                 remedy="Ask without top_logprobs, or let the model's owner set plan.logit_noise.",
             )
 
-    def apply(self, logits: Float32[np.ndarray, " vocab"], context: Sequence[int]) -> Float32[np.ndarray, " vocab"]:
-        """Returns the logits that may be used after the tokens of `context`: the same noise whenever they come again."""
+    def apply(
+        self, logits: Float32[np.ndarray, " vocab"], context: Sequence[int], adapter: str = ""
+    ) -> Float32[np.ndarray, " vocab"]:
+        """Returns the logits that may be used after `context`: the same noise whenever adapter and context come again."""
         if not self.noise:
             return logits
-        tokens = np.asarray(context, np.int64).tobytes()
-        seed = hashlib.blake2b(tokens, key=self._key, digest_size=16).digest()
+        name = adapter.encode()
+        asked = len(name).to_bytes(8, "little") + name + np.asarray(context, np.int64).tobytes()
+        seed = hashlib.blake2b(asked, key=self._key, digest_size=16).digest()
         generator = np.random.Generator(np.random.Philox(int.from_bytes(seed, "little")))
         return logits + np.float32(self.noise) * generator.standard_normal(logits.size, np.float32)
