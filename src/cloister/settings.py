@@ -125,8 +125,8 @@ class PlanSettings:
     rules: str = ""
     """A plan.toml with rules per tensor; empty: none."""
     shielded_layers: int = 0
-    """Layers that the shield-* baselines keep in the enclave; 0: a quarter of them."""
-    shielded_share: float = 0.01
+    """Layers that the shield-* baselines keep in the enclave; 0: a quarter of them, rounded up."""
+    shielded_share: float = 0.1
     """Share of the weights that the shield-magnitude baseline keeps in the enclave."""
     allow_insecure_baseline: bool = False
     """Whether a policy may run that exposes secrets to the accelerator, to be audited."""

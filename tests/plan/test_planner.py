@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from cloister.audit.baselines.schemes import find_scheme, shielded_amount, shielded_linears
 from cloister.errors import PlanError
 from cloister.local.random_model import SMOKE
 from cloister.plan.cost import Calibration, ProductRate, predict
 from cloister.plan.labels import THREATS, Placement
-from cloister.plan.operators import GROUP_OF, Kind, operators
+from cloister.plan.operators import GROUP_OF, GROUPS, Kind, operators
 from cloister.plan.plan import Phase, Plan
 from cloister.plan.planner import Budgets, Objective, Request, plan, planned
 from cloister.plan.policies import POLICIES, policy_named
@@ -166,3 +167,18 @@ def test_measured_bits_take_the_place_of_bounds() -> None:
     both = {a.operator.name: 5.5 for a in made.assignments if a.operator.kind is Kind.Q_PROJ}
     proved = next(r for r in describe("smoke", SMOKE, made, measured=both).rows if r.operator == Kind.Q_PROJ.value)
     assert (proved.learned_prompt_bits, proved.measured) == (5.5, True)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 5, 22])
+@pytest.mark.parametrize("policy", ["shield-first", "shield-last", "shield-middle", "shield-attention"])
+def test_what_a_partition_shows_is_what_its_gate_shields(policy: str, layers: int) -> None:
+    spec = dataclasses.replace(SMOKE, layers=layers, windows=(None,) * layers)
+    for asked in (None, layers):
+        if asked is not None and policy == "shield-attention":
+            continue
+        settings = Settings(plan=PlanSettings(policy=policy, shielded_layers=asked or 0, allow_insecure_baseline=True))
+        shown = planned(spec, settings).groups(Phase.DECODE, Placement.ENCLAVE)
+        names = [f"layers.{layer}.{group}" for layer in range(layers) for group, _ in GROUPS] + ["lm_head"]
+        scheme = find_scheme(policy)
+        inside = shielded_linears(scheme, layers, shielded_amount(scheme, layers, asked))
+        assert shown == {names[index] for index in inside}

@@ -9,7 +9,7 @@ from cloister.local.random_model import SMOKE
 from cloister.plan.labels import THREATS, Placement
 from cloister.plan.plan import Phase, Plan
 from cloister.plan.planner import Request, plan
-from cloister.plan.policies import policy_named
+from cloister.plan.policies import POLICIES, policy_named
 from cloister.plan.rules import read_rules
 
 
@@ -73,3 +73,14 @@ def test_blinding_what_the_threat_profile_calls_secret_is_refused(tmp_path: Path
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="Cannot read rules"):
         read_rules(tmp_path / "none.toml")
+
+
+def test_what_runs_as_published_follows_no_rules(tmp_path: Path) -> None:
+    """A rule must never be shown in a plan and ignored by what runs."""
+    file = tmp_path / "plan.toml"
+    file.write_text('[tensors]\n"lm_head.weight" = "enclave"\n')
+    for policy in POLICIES.values():
+        request = Request(SMOKE, THREATS["private-prompts"], policy, read_rules(file), allow_insecure_baseline=True)
+        if policy.insecure or policy.name == "slalom":
+            with pytest.raises(PlanError, match="follows no rules"):
+                plan(request)

@@ -19,7 +19,7 @@ from cloister.plan.cost import Calibration, Prediction, predict
 from cloister.plan.labels import Placement, Secrecy, ThreatProfile, threat_named
 from cloister.plan.operators import Kind, Operator, operators
 from cloister.plan.plan import Assignment, InsecurePlan, Plan
-from cloister.plan.policies import Policy, Question, policy_named
+from cloister.plan.policies import Policy, Question, policy_named, shielded_by_default
 from cloister.plan.rules import NO_RULES, Label, Rules, read_rules, secrecy_of
 from cloister.settings import Prefill, Settings
 
@@ -62,7 +62,7 @@ class Request:
     policy: Policy
     rules: Rules = NO_RULES
     shielded_layers: int = 0
-    """Of the shield-* baselines; 0: a quarter of the layers, at least one."""
+    """Of the shield-* baselines; 0: a quarter of the layers, rounded up."""
     adapter_rank: int = 0
     allow_insecure_baseline: bool = False
     prefill_in_enclave: bool = False
@@ -89,6 +89,11 @@ def plan(
         allowed = request.allow_insecure_baseline
         agreed = InsecureConsent(allow_insecure_baseline=True) if allowed is True else None
         require_consent(request.policy.name, agreed)
+    if request.rules.rules and not request.policy.follows_rules:
+        raise PlanError(
+            f"The policy {request.policy.name!r} runs as its paper has it and follows no rules.",
+            remedy="Leave out the rules, or choose another policy.",
+        )
     assignments = _place(request)
     if request.policy.name == "auto":
         if calibration is None:
@@ -138,7 +143,7 @@ def _place(request: Request) -> tuple[Assignment, ...]:
     catalogue = operators(request.spec, context=DEFAULT_CONTEXT, adapter_rank=request.adapter_rank)
     tensors = sorted({name for operator in catalogue for name in operator.tensors})
     labels = request.rules.labels(tensors)
-    shielded = request.shielded_layers or max(1, request.spec.layers // 4)
+    shielded = request.shielded_layers or shielded_by_default(request.spec.layers)
     if shielded > request.spec.layers:
         raise PlanError(
             f"{shielded} layers are to be shielded and the model has {request.spec.layers}.",

@@ -49,6 +49,11 @@ class Question:
         )
 
 
+def shielded_by_default(layers: int) -> int:
+    """Returns how many layers a layer-wise partition keeps in the enclave when no number is given: a quarter, rounded up."""
+    return -(-layers // 4)
+
+
 Rule = Callable[[Question], Placement]
 
 
@@ -69,6 +74,11 @@ class Policy:
     """The paper it comes from."""
     own_arithmetic: bool = False
     """Whether it multiplies in a way that calibration does not time: its speed is measured, not predicted."""
+
+    @property
+    def follows_rules(self) -> bool:
+        """Whether rules per tensor may change it: what is there to be compared with runs as published."""
+        return not (self.insecure or self.own_arithmetic)
 
 
 def _blinded(question: Question) -> Placement:

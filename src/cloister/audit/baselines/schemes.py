@@ -1,12 +1,12 @@
 """The baselines by name: where each comes from, what it keeps inside, what it exposes, and what breaks it."""
 
-import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
 from cloister.enclave.prepare import LINEARS_PER_LAYER
 from cloister.errors import SettingsError
+from cloister.plan.policies import shielded_by_default
 
 
 class Shield(StrEnum):
@@ -98,9 +98,6 @@ SCHEMES: Final = {
 }
 """Every insecure baseline."""
 
-DEFAULT_LAYER_SHARE: Final = 0.25
-"""Share of the layers that a layer-wise shield keeps inside when no number is given (rounded up)."""
-
 DEFAULT_FRACTION: Final = 0.1
 """Share of each weight that `shield-magnitude` keeps inside when no number is given."""
 
@@ -128,7 +125,7 @@ def shielded_amount(scheme: Scheme, layers: int, asked: float | None) -> float:
         if not 0.0 < fraction < 1.0:
             raise SettingsError(f"{scheme.name} cannot shield {fraction:g} of each weight.", remedy="Above 0, below 1.")
         return fraction
-    count = math.ceil(DEFAULT_LAYER_SHARE * layers) if asked is None else asked
+    count = shielded_by_default(layers) if asked is None else asked
     if not 1 <= count <= layers or count != int(count):
         raise SettingsError(
             f"{scheme.name} cannot shield {count:g} layers of {layers}.", remedy=f"A whole number from 1 to {layers}."
