@@ -30,7 +30,7 @@ milliseconds = st.integers(1, 50).map(lambda value: value / 1e3)
 def rate(enclave: float, lent: float, pad: float = 1e-3, crossing: int = 1000, row: float = 1e-3) -> ProductRate:
     return ProductRate(
         enclave=enclave, enclave_cpu=2 * enclave, lent=lent, lent_cpu=lent / 4, pad_cpu=pad / 8, pad_late=pad, plain=lent / 2,
-        enclave_row=row, lent_row=row / 2, bytes_crossing=crossing, weight_bytes=5000,
+        enclave_row=row, lent_row=row / 2, bytes_crossing=crossing, bytes_plain=crossing // 2, weight_bytes=5000,
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ class Comparison:
     """Per decoded token with pads in stock; None for a policy with arithmetic that calibration does not time."""
     measured_ms: float
     bytes_crossing: int
-    """Per token, as blinded int32 or, in plain, as int8 rows and int32 answers counted alike."""
+    """Per token, both ways."""
     pad_bytes: int
     exposed: tuple[str, ...]
     """What the accelerator learns against the threat profile."""

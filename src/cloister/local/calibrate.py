@@ -111,6 +111,7 @@ def calibrate(
             enclave_row=_wall(many[kind]) / (1 if kind == "lm_head" else PREFILL_ROWS),
             lent_row=_wall(online_many) / (1 if kind == "lm_head" else PREFILL_ROWS),
             bytes_crossing=4 * (linear.d_in + linear.matrix.shape[0]),
+            bytes_plain=linear.d_in + 4 * linear.matrix.shape[0],
             weight_bytes=linear.matrix.nbytes,
         )
     sampling = _sampling(model.spec.vocab_size)

@@ -37,7 +37,9 @@ class ProductRate:
     lent_row: float
     """Per row of a prefill, lent, with pads in stock."""
     bytes_crossing: int
-    """Per row, both ways."""
+    """Per row, both ways, blinded."""
+    bytes_plain: int
+    """Per row, both ways, in plain: int8 there, int32 back."""
     weight_bytes: int
 
 
@@ -131,7 +133,7 @@ def predict(plan: Plan | InsecurePlan, spec: ModelSpec, calibration: Calibration
         elif placement is Placement.ENCLAVE:
             online, cpu = online + rate.enclave, cpu + rate.enclave_cpu
         else:
-            online, crossing, trips = online + rate.plain, crossing + rate.bytes_crossing // 4, trips + 1
+            online, crossing, trips = online + rate.plain, crossing + rate.bytes_plain, trips + 1
         if Placement.ENCLAVE in (placement, prefill[name]):
             weights += rate.weight_bytes
         row += rate.lent_row if prefill[name] is not Placement.ENCLAVE else rate.enclave_row
