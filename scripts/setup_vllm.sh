@@ -4,6 +4,8 @@ set -eu
 folder=$1
 version=0.32.0
 torch=2.13.0
+complete=$folder/.vllm-$version-torch-$torch
+[ ! -e "$complete" ] || exit 0
 [ -x "$folder/bin/python" ] || "${PYTHON:-python3}" -m venv "$folder"
 python=$folder/bin/python
 pip="$python -m pip --disable-pip-version-check"
@@ -19,4 +21,5 @@ printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$version" > "$inf
 printf 'setup_vllm.sh\n' > "$info/INSTALLER"
 : > "$info/RECORD"
 "$folder/bin/vllm" --version > /dev/null
+: > "$complete"
 echo "vLLM $version is in $folder."
