@@ -12,8 +12,9 @@ from cloister.accelerator.api import Accelerator, PairAccelerator
 from cloister.accelerator.cpu import MULTIPLIERS, installed_backends, open_multiplier
 from cloister.accelerator.inprocess import InProcessAccelerator
 from cloister.accelerator.operands import OperandStore, RefusedError
-from cloister.accelerator.remote import AcceleratorServer, RemoteAccelerator
+from cloister.accelerator.remote import RemoteAccelerator
 from cloister.accelerator.shared import SharedMemoryAccelerator
+from cloister.accelerator.tcp_server import AcceleratorServer
 from cloister.arith.modulus import HALF
 from cloister.arith.pair import pair_product_reference
 from cloister.audit.observer import Observer

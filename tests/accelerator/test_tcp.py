@@ -15,9 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cloister.accelerator import remote
+from cloister.accelerator import tcp_server
 from cloister.accelerator.cpu import open_multiplier
-from cloister.accelerator.remote import AcceleratorServer, RemoteAccelerator, parse_address
+from cloister.accelerator.remote import RemoteAccelerator
+from cloister.accelerator.tcp_server import AcceleratorServer
 from cloister.arith.modulus import HALF
 from cloister.blinding import field
 from cloister.errors import (
@@ -29,6 +30,7 @@ from cloister.errors import (
 from cloister.settings import Backend
 from cloister.wire.codec import HEADER_BYTES, Frame, Kind, Status, decode, received_rows
 from cloister.wire.messages import Blinded, PublicWeight, weight_hash
+from cloister.wire.tcp import parse_address
 
 SECONDS = 30.0
 D_OUT, D_IN = 24, 40
@@ -295,7 +297,7 @@ def test_a_closed_server_accepts_nobody_and_cuts_its_clients(rng: np.random.Gene
 def test_more_clients_than_there_is_room_for_are_turned_away(
     server: AcceleratorServer, rng: np.random.Generator
 ) -> None:
-    clients = [RemoteAccelerator(server.address) for _ in range(remote.MAX_CLIENTS)]
+    clients = [RemoteAccelerator(server.address) for _ in range(tcp_server.MAX_CLIENTS)]
     for client in clients:
         client.register(make_weight(rng))
     late = RemoteAccelerator(server.address)

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from cloister.accelerator.api import Accelerator
 from cloister.accelerator.cpu import MULTIPLIERS, installed_backends, open_multiplier
 from cloister.accelerator.inprocess import InProcessAccelerator
-from cloister.accelerator.remote import AcceleratorServer, RemoteAccelerator, parse_address
+from cloister.accelerator.remote import RemoteAccelerator
 from cloister.accelerator.shared import SharedMemoryAccelerator
+from cloister.accelerator.tcp_server import AcceleratorServer
 from cloister.arith.modulus import HALF
 from cloister.blinding import field
 from cloister.errors import (
@@ -35,6 +36,7 @@ from cloister.settings import Backend
 from cloister.wire.codec import HEADER_BYTES, Frame, Kind, Status, decode, received_rows
 from cloister.wire.messages import Blinded, PublicWeight
 from cloister.wire.sealed_memory import Arena, SealedMatrix, map_sealed_matrix
+from cloister.wire.tcp import parse_address
 
 SECONDS = 30.0
 

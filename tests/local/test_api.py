@@ -213,7 +213,7 @@ def test_accelerators_that_cannot_be_reached_are_an_error_that_says_so() -> None
 
 def test_a_remote_accelerator_serves_the_same_tokens(expected: str) -> None:
     from cloister.accelerator.cpu import open_multiplier
-    from cloister.accelerator.remote import AcceleratorServer
+    from cloister.accelerator.tcp_server import AcceleratorServer
     from cloister.settings import Backend
 
     server = AcceleratorServer("127.0.0.1:0", lambda: open_multiplier(Backend.NUMBA, 1))
@@ -228,7 +228,7 @@ def test_a_remote_accelerator_serves_the_same_tokens(expected: str) -> None:
 
 def test_one_unreachable_accelerator_of_two_is_given_up_and_named(expected: str) -> None:
     from cloister.accelerator.cpu import open_multiplier
-    from cloister.accelerator.remote import AcceleratorServer
+    from cloister.accelerator.tcp_server import AcceleratorServer
     from cloister.settings import Backend
 
     server = AcceleratorServer("127.0.0.1:0", lambda: open_multiplier(Backend.NUMBA, 1))

@@ -39,7 +39,7 @@ def accelerator(
     The other side runs [bold]cloister chat MODEL --accelerator HOST:PORT[/bold].
     """
     from cloister.accelerator.cpu import open_multiplier  # here: the other commands start faster without Numba
-    from cloister.accelerator.remote import AcceleratorServer
+    from cloister.accelerator.tcp_server import AcceleratorServer
 
     chosen = backend_of(device, backend)
     limits = int(max_weight_gib * 2**30), int(max_operand_gib * 2**30)

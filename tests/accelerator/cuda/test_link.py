@@ -15,8 +15,9 @@ from cloister.accelerator.cuda.link import GpuLink
 from cloister.accelerator.cuda.multiplier import DeviceBackend, open_cuda
 from cloister.accelerator.cuda.reference import ReferenceDevice
 from cloister.accelerator.inprocess import InProcessAccelerator
-from cloister.accelerator.remote import AcceleratorServer, RemoteAccelerator
+from cloister.accelerator.remote import RemoteAccelerator
 from cloister.accelerator.shared import SharedMemoryAccelerator
+from cloister.accelerator.tcp_server import AcceleratorServer
 from cloister.arith.digits import split_digits
 from cloister.arith.modulus import HALF
 from cloister.arith.pair import pair_product_reference

@@ -1,0 +1,63 @@
+"""Bytes over TCP: whole messages before a deadline, addresses as users write them.
+
+Covers: deadlines over whole exchanges (a byte now and then does not extend them), streams that end too early.
+Does not cover: what the bytes mean, who sends them.
+"""
+
+import socket
+import time
+from typing import Final
+
+from cloister.errors import SettingsError, WireError
+
+CHUNK: Final = 2**20
+"""The most that is read at once."""
+
+
+class CutError(WireError):
+    """The stream ended before its message did."""
+
+
+def send(sock: socket.socket, data: bytes | memoryview, deadline: float) -> None:
+    """Sends all of `data`.
+
+    Raises:
+        OSError: the connection is gone (`TimeoutError`: the deadline, a time of the monotonic clock, passed).
+    """
+    _until(sock, deadline)
+    sock.sendall(data)
+
+
+def _until(sock: socket.socket, deadline: float) -> None:
+    left = deadline - time.monotonic()
+    if left <= 0:  # also when data is there: a peer that always has one more byte would never end
+        raise TimeoutError("The deadline passed.")
+    sock.settimeout(left)
+
+
+def receive_into(sock: socket.socket, target: memoryview, deadline: float) -> None:
+    """Fills `target` from the stream.
+
+    Raises:
+        WireError: the connection was cut first.
+        OSError: the connection is gone (`TimeoutError`: the deadline, a time of the monotonic clock, passed).
+    """
+    filled = 0
+    while filled < len(target):
+        _until(sock, deadline)
+        count = sock.recv_into(target[filled:], min(CHUNK, len(target) - filled))
+        if not count:
+            raise CutError("The connection was cut.")
+        filled += count
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """Returns host and port of `host:port` (or `[ipv6]:port`).
+
+    Raises:
+        SettingsError: it is not one.
+    """
+    host, separator, port = address.rpartition(":")
+    if not separator or not (port.isascii() and port.isdigit()) or len(port) > 5 or int(port) > 65535 or not host:
+        raise SettingsError(f"{address!r} is not an address.", remedy="Write host:port, for instance 10.0.0.2:7000.")
+    return host.strip("[]"), int(port)
