@@ -152,9 +152,10 @@ def baselines() -> str:
     rows = [
         {
             "scheme": f"`{scheme.name}`",
-            "from": scheme.source,
+            "from": scheme.policy.source,
             "linears in the enclave": scheme.inside,
-            "what the accelerator sees, and the attack it falls to": scheme.exposes,
+            "what the accelerator sees": scheme.policy.sees,
+            "the attack it falls to": scheme.policy.broken_by,
             **_recovered(measured.get(scheme.name, {})),
         }
         for scheme in SCHEMES.values()
@@ -165,7 +166,7 @@ def baselines() -> str:
     guessing = next((_number(row["guessing %"]) for row in record["rows"] if row["guessing %"] != ""), "?")
     facts = "".join(f"- {key}: **{_number(value)}**\n" for key, value in record.get("facts", {}).items())
     return (
-        f"{_table(rows, 4)}\n\nThe same attacks on policies that expose no row (the most common token every time is right "
+        f"{_table(rows, 5)}\n\nThe same attacks on policies that expose no row (the most common token every time is right "
         f"for {guessing} %):\n\n{_table(sound)}\n\n"
         f"`{record.get('command', 'not measured yet')}`, `bench/results/{path.name}`:\n\n{facts}"
     )

@@ -1,7 +1,6 @@
 """Each baseline gives the plain model's numbers, exposes what its label says and nothing else, and must be asked for."""
 
 import copy
-import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -284,7 +283,9 @@ def test_an_observer_keeps_its_own_copy(rng: np.random.Generator) -> None:
 
 def test_a_scheme_says_where_it_is_from() -> None:
     for scheme in SCHEMES.values():
-        assert all(dataclasses.astuple(scheme))
+        policy = scheme.policy
+        assert policy.insecure and policy.source and scheme.inside
+        assert policy.sees in scheme.label and policy.broken_by in scheme.label
 
 
 @pytest.mark.parametrize("name", [*SCHEMES, "slalom"])

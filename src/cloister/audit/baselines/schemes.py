@@ -1,4 +1,4 @@
-"""The baselines by name: where each comes from, what it keeps inside, what it exposes, and what breaks it."""
+"""The baselines by name: which linears each keeps inside. Where it is from and what breaks it: `plan.policies`."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -6,7 +6,7 @@ from typing import Final
 
 from cloister.enclave.prepare import LINEARS_PER_LAYER
 from cloister.errors import SettingsError
-from cloister.plan.policies import shielded_by_default
+from cloister.plan.policies import Policy, policy_named, shielded_by_default
 
 
 class Shield(StrEnum):
@@ -19,81 +19,35 @@ class Shield(StrEnum):
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way of placing linear layers that exposes some of them."""
+    """A way of placing linear layers that exposes some of them: how an insecure policy is carried out."""
 
     name: str
-    source: str
-    """The paper, or the class of papers, that this stands for."""
     inside: str
     """Which linears run in the enclave (everything that is no linear always does)."""
-    exposes: str
-    """One sentence: what the accelerator sees, and the attack that it falls to."""
     shield: Shield = Shield.NOTHING
+
+    @property
+    def policy(self) -> Policy:
+        """The policy of that name: its source, what the accelerator sees, the attack that it falls to."""
+        return policy_named(self.name)
 
     @property
     def label(self) -> str:
         """What every report must print beside the name."""
-        return f"INSECURE: {self.exposes}"
+        return f"INSECURE: the accelerator sees {self.policy.sees}; {self.policy.broken_by}."
 
 
 SCHEMES: Final = {
     scheme.name: scheme
     for scheme in (
-        Scheme(
-            "unprotected",
-            "plain int8 serving",
-            "none",
-            "Every linear is exposed: prompts are read from the first layer's rows by vocabulary search.",
-        ),
-        Scheme(
-            "shield-first",
-            "Serdab (CCGRID 2020), as evaluated by TEESlice (S&P 2024)",
-            "the first k layers",
-            "Later layers are exposed: a probe trained on public text reads prompts from their rows.",
-            Shield.LAYERS,
-        ),
-        Scheme(
-            "shield-last",
-            "DarkneTZ (MobiSys 2020), as evaluated by TEESlice (S&P 2024)",
-            "the last k layers and the LM head",
-            "The first layers are exposed: prompts are read from the first one's rows by vocabulary search.",
-            Shield.LAYERS,
-        ),
-        Scheme(
-            "shield-middle",
-            "SOTER (ATC 2022), its choice of layers without its scaling, as evaluated by TEESlice (S&P 2024)",
-            "the middle k layers",
-            "Layers before and after are exposed: prompts are read from the first layer's rows by vocabulary search "
-            "(or by a probe, if k leaves none before).",
-            Shield.LAYERS,
-        ),
-        Scheme(
-            "shield-attention",
-            "shielding by kind of operator, attention inside and feed-forward outside",
-            "QKV and output projections of every layer",
-            "Feed-forward layers and LM head are exposed: a probe trained on public text reads prompts from their rows.",
-        ),
-        Scheme(
-            "shield-magnitude",
-            "large-magnitude shielding, as evaluated by TEESlice (S&P 2024)",
-            "the largest fraction of each weight",
-            "Every input row and most of each weight are exposed: prompts are read from the first layer's rows, "
-            "and a public base fills in the missing weights.",
-            Shield.FRACTION,
-        ),
-        Scheme(
-            "public-backbone",
-            "TEESlice (S&P 2024, 2310.07152), without encryption of features",
-            "private low-rank slices of each linear",
-            "The slices stay hidden, and every row is exposed: prompts are read from the first layer's rows.",
-        ),
-        Scheme(
-            "obfuscated",
-            "TransLinkGuard (2404.11121), ShadowNet (S&P 2023, 2011.05905)",
-            "permutations and scales of each linear",
-            "Rows and weights are exposed in disguise: ArrowMatch undoes the permutations against the public base, "
-            "and then prompts are read as if nothing had been hidden.",
-        ),
+        Scheme("unprotected", "none"),
+        Scheme("shield-first", "the first k layers", Shield.LAYERS),
+        Scheme("shield-last", "the last k layers and the LM head", Shield.LAYERS),
+        Scheme("shield-middle", "the middle k layers", Shield.LAYERS),
+        Scheme("shield-attention", "QKV and output projections of every layer"),
+        Scheme("shield-magnitude", "the largest fraction of each weight", Shield.FRACTION),
+        Scheme("public-backbone", "private low-rank slices of each linear"),
+        Scheme("obfuscated", "permutations and scales of each linear"),
     )
 }
 """Every insecure baseline."""
