@@ -12,6 +12,7 @@ from cloister.cli.display import human_bytes, stderr, stdout
 from cloister.cli.owner import SIGNING_KEY, BrokerOption, now_text
 from cloister.errors import SettingsError
 from cloister.local.broker_link import owner_folder
+from cloister.seal.selection import Part
 
 if TYPE_CHECKING:
     from cloister.seal.package import Package
@@ -37,6 +38,13 @@ AlgorithmOption = Annotated[str, typer.Option("--signature", help="Kind of a new
 KeyOutOption = Annotated[
     Path | None, typer.Option("--key-out", help="Write the content key to this file instead of giving it to a broker.")
 ]
+OnlyOption = Annotated[
+    Part,
+    typer.Option(
+        "--only",
+        help="embeddings: seal the embedding table alone, with tokenizer, template and candidates, for sanitising clients.",
+    ),
+]
 CheckOption = Annotated[
     bool, typer.Option("--check", help="MODEL is a package: compare everything with its signed manifest; takes no key.")
 ]
@@ -53,6 +61,7 @@ def seal(
     signature: AlgorithmOption = "ed25519",
     broker: BrokerOption = None,
     key_out: KeyOutOption = None,
+    only: OnlyOption = Part.WHOLE,
     check: CheckOption = False,
     as_json: o.JsonOption = False,
 ) -> None:
@@ -61,16 +70,21 @@ def seal(
     Private tensors are encrypted in chunks (AES-256-GCM); public ones stay in clear. One Merkle root covers both: it is the
     model's identity. The package may be stored anywhere. Its key stays in the broker's store, and is released only to
     enclaves that you allow: see `cloister broker allow`.
+
+    [bold]cloister seal MODEL --only embeddings --out CLIENT[/bold] makes the small package that a user's `cloister gateway` or
+    `cloister split-client` opens: the embedding table is decrypted in the sanitising enclave and nowhere else.
     """
     if check:
         _check(model, as_json)
         return
+    if only is not Part.WHOLE and (policy is not None or adapter):
+        raise SettingsError("--only seals one part, wholly private.", remedy="Leave out --policy and --adapter.")
     if out is None:
         raise SettingsError("No folder for the package was given.", remedy="Give it: --out PACKAGE.")
     key = _signing_key(signing_key or owner_folder() / SIGNING_KEY, signature)
     chosen = name or model.resolve().name
     if key_out is not None:
-        sealed = _with_progress(model, out, key, chosen, version or 1, policy, adapter)
+        sealed = _with_progress(model, out, key, chosen, version or 1, policy, adapter, only)
         from cloister.seal.signing import write_private
 
         write_private(key_out, sealed.key)
@@ -80,10 +94,24 @@ def seal(
 
         folder = broker or owner_folder()
         with Store.open(folder, create=True) as store:
-            sealed = _with_progress(model, out, key, chosen, version or store.next_version(chosen), policy, adapter)
+            number = version or store.next_version(chosen)
+            sealed = _with_progress(model, out, key, chosen, number, policy, adapter, only)
             store.deposit(sealed.root, chosen, sealed.manifest.version, sealed.key, now_text())
         kept = f"the broker in {folder}"
     _report(sealed, key, kept, as_json)
+    if only is Part.EMBEDDINGS:
+        _warn_of_tied(model)
+
+
+def _warn_of_tied(model: Path) -> None:
+    from cloister.errors import ModelError
+    from cloister.model.files import read_object
+
+    if read_object(model / "config.json", ModelError).get("tie_word_embeddings"):
+        stderr().print(
+            "[bold yellow]This model's LM head is its embedding table: servers that hold the head hold the table.[/bold yellow]",
+            soft_wrap=True,
+        )
 
 
 def _signing_key(path: Path, algorithm: str) -> "SigningKey":
@@ -98,8 +126,9 @@ def _signing_key(path: Path, algorithm: str) -> "SigningKey":
 
 
 def _with_progress(
-    model: Path, out: Path, key: "SigningKey", name: str, version: int, policy: Path | None, adapters: list[str] | None
-) -> "Sealed":
+    model: Path, out: Path, key: "SigningKey", name: str, version: int, policy: Path | None, adapters: list[str] | None,
+    part: Part,
+) -> "Sealed":  # fmt: skip
     from cloister.seal.selection import read_privacy
     from cloister.seal.writer import seal_model
 
@@ -108,7 +137,7 @@ def _with_progress(
     with Progress(*columns, console=stderr(), transient=True) as progress:
         task = progress.add_task("sealing", total=None)
         return seal_model(
-            model, out, key, name=name, version=version, privacy=privacy, adapters=_adapters(adapters or []),
+            model, out, key, name=name, version=version, privacy=privacy, adapters=_adapters(adapters or []), part=part,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )  # fmt: skip
 

@@ -42,6 +42,12 @@ class HeldFolder:
     def __truediv__(self, name: str) -> HeldFile:
         return HeldFile(self.path / name, self._files.get(name))
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def __getitem__(self, name: str) -> bytes:
+        return self._files[name]
+
     def __str__(self) -> str:
         return str(self.path)
 

@@ -1,4 +1,4 @@
-"""Which tensors are private: all, or those that a plan names by pattern.
+"""Which tensors are sealed: all of a model or one part of it; and which of those are private: all, or those that a plan names.
 
 A plan is a TOML file:
 
@@ -9,21 +9,45 @@ A plan is a TOML file:
     [private.adapters]
     tensors = ["*"]                        # the same for adapter files
 
-Covers: reading the plan; deciding for one tensor. Guarantees: without a plan everything is private; a pattern that matches
-nothing is an error, since a misspelt one would publish what it was meant to hide.
+The part `embeddings` is what a client needs before servers that hold the other layers: its package has the embedding table, the
+small files, the candidates for sanitising where the folder has them, and no other tensor.
+
+Covers: reading the plan; deciding for one tensor; naming a part's tensors. Guarantees: without a plan everything is
+private; a pattern that matches nothing is an error, since a misspelt one would publish what it was meant to hide.
 Does not cover: whether hiding a part is enough to protect the whole (the planner's report says what each policy risks).
 """
 
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from cloister.errors import SettingsError
+from cloister.errors import ModelError, SettingsError
+from cloister.model.embedding import table_name
+from cloister.model.files import read_object
 from cloister.settings import from_mapping
 
 MAX_PLAN_BYTES = 2**20
+
+
+class Part(StrEnum):
+    """What of a model goes into a package."""
+
+    WHOLE = "whole"
+    EMBEDDINGS = "embeddings"
+    """The embedding table alone."""
+
+    def tensors(self, model: Path, names: Collection[str]) -> frozenset[str]:
+        """Returns this part's tensors among the `names` of the model in a folder.
+
+        Raises:
+            ModelError: the model has no such part.
+        """
+        if self is Part.WHOLE:
+            return frozenset(names)
+        return frozenset({table_name(read_object(model / "config.json", ModelError), names, model)})
 
 
 @dataclass(frozen=True, kw_only=True)

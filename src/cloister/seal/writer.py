@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -37,12 +37,17 @@ from cloister.seal.manifest import (
     key_commitment,
     sign_manifest,
 )
-from cloister.seal.selection import Privacy
+from cloister.seal.selection import Part, Privacy
 from cloister.seal.signing import SigningKey, sync_folder
 
 KEY_BYTES: Final = 32
 ADAPTERS: Final = "adapters"
 """Folder of a package that holds its adapters, one folder each."""
+
+CANDIDATES: Final = "candidates.cloister"
+"""File of the candidates for sanitising (`privacy.candidate_file.FILE_NAME`), which goes along with the embedding table."""
+MAX_SMALL_BYTES: Final = 2**31
+"""Longest small file: candidates of large vocabularies take some hundred MB."""
 
 _SMALL: Final = ("*.json", "*.jinja", "tokenizer.model", "LICENSE*", "README*", "NOTICE*")
 _LEFT_OUT: Final = (".bin", ".pt", ".pth", ".gguf", ".index.json")
@@ -71,7 +76,7 @@ class _Source:
     tensors: dict[str, StoredTensor]
 
 
-def seal_model(
+def seal_model(  # noqa: PLR0913 (one call, each argument by name)
     model: Path,
     out: Path,
     signer: SigningKey,
@@ -80,9 +85,10 @@ def seal_model(
     version: int,
     privacy: Privacy | None = None,
     adapters: Mapping[str, Path] | None = None,
+    part: Part = Part.WHOLE,
     progress: Progress | None = None,
 ) -> Sealed:
-    """Returns the package made in `out` of the model directory `model` and of adapter directories, by name.
+    """Returns the package made in `out` of (a part of) the model directory `model` and of adapter directories, by name.
 
     Raises:
         SealError: `out` exists, or cannot be written.
@@ -91,8 +97,8 @@ def seal_model(
     """
     if out.exists():
         raise SealError(f"{out} exists already.", remedy="Give another folder: packages are not overwritten.")
-    sources = [_source(path, path.name) for path in _weights(model)]
-    small = [(path, path.name) for path in _small_files(model)]
+    sources = _of_part([_source(path, path.name) for path in _weights(model)], part, model)
+    small = [(path, path.name) for path in _small_files(model, part)]
     for adapter, folder in sorted((adapters or {}).items()):
         if not adapter or Path(adapter).name != adapter or adapter.startswith("."):
             raise SealError(f"{adapter!r} is not a name for an adapter.", remedy="Use a plain file name.")
@@ -165,7 +171,7 @@ class _Writer:
         )  # fmt: skip
 
     def copy(self, path: Path, target: str) -> PackagedFile:
-        content = read_bytes(path)
+        content = read_bytes(path, MAX_SMALL_BYTES)
         self.write(target, content)
         return PackagedFile(target, hashlib.sha256(content).digest(), len(content))
 
@@ -197,8 +203,9 @@ def _weights(folder: Path) -> list[Path]:
     return paths
 
 
-def _small_files(folder: Path) -> list[Path]:
-    found = {path for pattern in _SMALL for path in folder.glob(pattern) if path.is_file()}
+def _small_files(folder: Path, part: Part = Part.WHOLE) -> list[Path]:
+    patterns = (*_SMALL, CANDIDATES) if part is Part.EMBEDDINGS else _SMALL
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return sorted(
         path for path in found if not path.name.endswith(_LEFT_OUT) and path.name not in (MANIFEST, SIGNATURE)
     )
@@ -206,6 +213,13 @@ def _small_files(folder: Path) -> list[Path]:
 
 def _source(path: Path, target: str) -> _Source:
     return _Source(path, f"{target}.sealed", read_header(path, map_file(path)))
+
+
+def _of_part(sources: list[_Source], part: Part, model: Path) -> list[_Source]:
+    """Returns the files with the tensors of a part, without those that hold none."""
+    kept = part.tensors(model, [name for source in sources for name in source.tensors])
+    chosen = [replace(s, tensors={name: t for name, t in s.tensors.items() if name in kept}) for s in sources]
+    return [source for source in chosen if source.tensors]
 
 
 def _private(sources: list[_Source], privacy: Privacy) -> frozenset[tuple[str, str]]:
