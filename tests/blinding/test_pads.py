@@ -13,7 +13,7 @@ from cloister.blinding import field
 from cloister.blinding.kernels import field_elements
 from cloister.blinding.linear import LentLinear
 from cloister.blinding.mill import Mill
-from cloister.blinding.pads import PadSource
+from cloister.blinding.pads import PadSource, _redraw
 from cloister.blinding.pantry import Pantry
 from cloister.errors import BlindingError, PadReuseError, PantryEmptyError
 from tests.blinding.test_blinded_product import make_linear
@@ -38,13 +38,31 @@ def test_two_sources_never_share_a_stream_and_one_source_never_repeats() -> None
     assert not (first == other).all()
 
 
+def test_small_and_large_draws_are_distinct_pieces_of_one_stream() -> None:
+    source = PadSource()
+    drawn = [source.elements(1, size)[0] for size in (3, 5000, 1, 4000, 4096, 4096, 4097, 20_000, 2) for _ in range(3)]
+    every = np.concatenate(drawn)
+    assert abs(every).max() <= HALF
+    assert np.unique(every).size > every.size - 20  # uniform values of 31 bits hardly ever meet
+    assert measure_uniformity(every.reshape(1, -1)).uniform
+
+
+def test_the_key_after_a_draw_does_not_lead_back_to_it() -> None:
+    source = PadSource(bytes(32))
+    before = source.elements(1, 10_000)
+    with source._key.bytes() as key:
+        assert bytes(key) != bytes(32)
+        later = PadSource(bytes(key))
+    np.testing.assert_array_equal(later.elements(1, 10_000), source.elements(1, 10_000))
+    assert not (PadSource(bytes(32)).elements(1, 10_000) != before).any()
+
+
 def test_the_one_word_that_is_no_element_is_redrawn() -> None:
     words = np.array([P, P + 2**31, 0, HALF, HALF + 1, P - 1], np.uint32)
     assert field_elements(words) == 2
     np.testing.assert_array_equal(words.view(np.int32)[2:], [0, HALF, -HALF, -1])
-    source = PadSource()
     redrawn = np.array([HALF + 1, 5], np.uint32)
-    source._redraw(redrawn)
+    _redraw(PadSource()._stream(), redrawn)
     assert redrawn[1] == 5
     assert abs(int(redrawn.view(np.int32)[0])) <= HALF
 

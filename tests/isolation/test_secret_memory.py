@@ -124,6 +124,19 @@ def test_a_secret_comes_back_is_wiped_and_can_be_closed() -> None:
         pass
 
 
+def test_a_secret_is_replaced_by_one_of_the_same_size() -> None:
+    secret, fresh = Secret.hold(bytearray(b"first")), bytearray(b"other")
+    secret.replace(fresh)
+    assert fresh == bytes(5)
+    with secret.bytes() as content:
+        assert content == b"other"
+    with pytest.raises(IsolationError):
+        secret.replace(bytearray(4))
+    secret.close()
+    with pytest.raises(IsolationError):
+        secret.replace(bytearray(5))
+
+
 def test_sizes_are_checked() -> None:
     for size in (0, 4097):
         with pytest.raises(IsolationError):

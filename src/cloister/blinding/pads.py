@@ -2,8 +2,10 @@
 
 Covers: steps "pad", "blind", "verify" and "unblind" of the protocol's table for one product.
 Guarantees: what a `Pad` makes is uniform in the field and independent of what it hides, as strong as AES-256 in counter
-mode under a key from the operating system. A pad is spent before its first byte can be sent, and blinding with it again
-raises. A wrong answer raises and recovers nothing.
+mode under keys from the operating system. A pad is spent before its first byte can be sent, and blinding with it again
+raises. A wrong answer raises and recovers nothing. The key of the pads rests in secret memory, and every draw replaces it by one
+that does not lead back: whoever takes it later learns no earlier pad (D. J. Bernstein, "Fast-key-erasure random-number
+generators", 2017). Pads themselves are bulk, and lie in ordinary memory until they are spent, as what they hide does.
 Assumes: the enclave's memory is private, and the process is not forked (a fork would share the pad stream: refused).
 Edge cases: a zero row is blinded like any other; NaN or infinity is an error that names the layer.
 Does not cover: shapes and timing, which the accelerator sees.
@@ -15,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 from jaxtyping import Float32, Float64, Int32, Int64
@@ -23,23 +25,29 @@ from jaxtyping import Float32, Float64, Int32, Int64
 from cloister.arith.modulus import HALF
 from cloister.blinding.kernels import OK, blind, field_elements, open_product
 from cloister.errors import BlindingError, NonFiniteError, PadReuseError, VerificationError
+from cloister.isolation.secret_memory import Secret
 from cloister.wire.messages import _MAKER, Blinded
 
 if TYPE_CHECKING:
     from cloister.blinding.linear import LentLinear
 
+_KEY_BYTES: Final = 32
 _NOT_AN_ELEMENT: Final = HALF + 1
+_AHEAD: Final = 2**14
+"""Elements drawn at once for small requests."""
 
 _ZEROS: Final = memoryview(bytes(2**20))
 """What is encrypted to get the bare key stream, a mebibyte at a time."""
 
 
 class PadSource:
-    """Uniform field elements from AES-256-CTR under a key of the operating system's randomness."""
+    """Uniform field elements from AES-256-CTR, under a key of the operating system's randomness that every draw replaces."""
 
     def __init__(self, key: bytes | None = None) -> None:
         """Draws a fresh key; `key` (32 bytes) is for tests that need the same stream twice."""
-        self._stream = Cipher(AES(key or os.urandom(32)), CTR(bytes(16))).encryptor()
+        self._key = Secret.random(_KEY_BYTES) if key is None else Secret.hold(bytearray(key))
+        self._ahead = np.empty(0, np.uint32)
+        """Elements drawn for the next small requests: a new key costs as much as a thousand of them."""
         self._owner = os.getpid()
         self._turn = threading.Lock()  # whoever draws at the same time waits: no two pads may share the stream
 
@@ -58,22 +66,44 @@ class PadSource:
             )
         words = elements.reshape(-1).view(np.uint32)
         with self._turn:
-            self._random(words)
-            if field_elements(words):
-                self._redraw(words)
+            if words.size > _AHEAD // 4:
+                self._draw(words)
+                return
+            if words.size > self._ahead.size:
+                self._ahead = np.empty(_AHEAD, np.uint32)
+                self._draw(self._ahead)
+            words[:] = self._ahead[: words.size]
+            self._ahead[: words.size] = 0
+            self._ahead = self._ahead[words.size :]
 
-    def _random(self, words: np.ndarray) -> None:
-        target = words.data.cast("B")
-        for start in range(0, len(target), len(_ZEROS)):
-            piece = target[start : start + len(_ZEROS)]
-            self._stream.update_into(_ZEROS[: len(piece)], piece)
+    def _draw(self, words: np.ndarray) -> None:
+        stream = self._stream()
+        _random(stream, words)
+        if field_elements(words):
+            _redraw(stream, words)
 
-    def _redraw(self, words: np.ndarray) -> None:
-        for index in np.flatnonzero(words == _NOT_AN_ELEMENT):
-            fresh = words[index : index + 1]
-            self._random(fresh)
-            while field_elements(fresh):
-                self._random(fresh)
+    def _stream(self) -> CipherContext:
+        """Returns the stream of one draw; its first bytes are the key of the next."""
+        with self._key.bytes() as key:
+            stream = Cipher(AES(key), CTR(bytes(16))).encryptor()
+            stream.update_into(_ZEROS[:_KEY_BYTES], key)
+            self._key.replace(key)
+        return stream
+
+
+def _random(stream: CipherContext, words: np.ndarray) -> None:
+    target = words.data.cast("B")
+    for start in range(0, len(target), len(_ZEROS)):
+        piece = target[start : start + len(_ZEROS)]
+        stream.update_into(_ZEROS[: len(piece)], piece)
+
+
+def _redraw(stream: CipherContext, words: np.ndarray) -> None:
+    for index in np.flatnonzero(words == _NOT_AN_ELEMENT):
+        fresh = words[index : index + 1]
+        _random(stream, fresh)
+        while field_elements(fresh):
+            _random(stream, fresh)
 
 
 class Pad:

@@ -1,16 +1,19 @@
 """Memory for keys that other processes cannot read, root among them, by the ways that the kernel offers.
 
 Covers: pages from memfd_secret, which are taken out of the kernel's own map; its descriptor is closed at once, because whoever
-holds it could map the pages too. Without memfd_secret (old kernels, some containers): locked pages left out of core dumps.
+holds it could map the pages too. Without memfd_secret (old kernels, some containers): locked pages left out of core dumps, and
+`keys_at_rest` says so.
 Guarantees: with `kind == "memfd_secret"`, reading through /proc/PID/mem, process_vm_readv, /proc/PID/fd and pidfd_getfd fails,
-also for root. `close` overwrites the key.
-Does not cover: code that runs in the process (ptrace by root can make it read), the kernel itself, a hypervisor, DMA; copies
-that libraries make while they use a key. A copy that this module hands out is overwritten when its block ends.
+also for root. `close` overwrites the key. A copy that this module hands out is overwritten when its block ends. A forked child
+gets no secret.
+Does not cover: code that runs in the process (ptrace by root can make it read), the kernel itself, a hypervisor, DMA; a key
+while it is used: the copy of that moment, and what a library holds of it until it is done.
 """
 
 import ctypes
 import mmap
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +36,7 @@ class Secret:
         """Takes over a page at `address`; `hold` and `random` are the ways to get one."""
         self._address = address
         self._size = size
+        self._owner = os.getpid()
         self.kind = kind
         """`memfd_secret`, or `locked` where the kernel has no such memory."""
 
@@ -68,10 +72,9 @@ class Secret:
         """Yields a copy that is overwritten when the block ends.
 
         Raises:
-            IsolationError: the secret was closed.
+            IsolationError: the secret was closed, or belongs to the process that this one was forked from.
         """
-        if not self._address:
-            raise IsolationError("The secret was closed.")
+        self._require()
         copy = bytearray(self._size)
         ctypes.memmove((ctypes.c_ubyte * self._size).from_buffer(copy), self._address, self._size)
         try:
@@ -79,12 +82,30 @@ class Secret:
         finally:
             wipe(copy)
 
+    def replace(self, content: bytearray) -> None:
+        """Puts other bytes of the same number in the secret's place, and overwrites `content`.
+
+        Raises:
+            IsolationError: another number of bytes. What `bytes` raises is raised too.
+        """
+        self._require()
+        if len(content) != self._size:
+            raise IsolationError(f"A secret of {self._size} bytes cannot become one of {len(content)}.")
+        ctypes.memmove(self._address, (ctypes.c_ubyte * self._size).from_buffer(content), self._size)
+        wipe(content)
+
     def close(self) -> None:
         """Overwrites the secret and gives its page back; harmless when already closed."""
         address, self._address = self._address, 0
-        if address:
+        if address and os.getpid() == self._owner:  # a forked child has no such page
             ctypes.memset(address, 0, mmap.PAGESIZE)
             kernel.unmap(address, mmap.PAGESIZE)
+
+    def _require(self) -> None:
+        if not self._address:
+            raise IsolationError("The secret was closed.")
+        if os.getpid() != self._owner:
+            raise IsolationError("A secret is not inherited.", remedy="Start a new process instead of forking this one.")
 
     def __len__(self) -> int:
         return self._size
@@ -94,6 +115,17 @@ class Secret:
 
     def __del__(self) -> None:
         self.close()
+
+
+def keys_at_rest() -> str:
+    """Returns where this process keeps keys that are not in use, for the report of a session."""
+    probe = Secret.random(1)
+    try:
+        if probe.kind == "memfd_secret":
+            return "keys in memfd_secret"
+        return "keys in locked pages that root can read (no memfd_secret here)"
+    finally:
+        probe.close()
 
 
 def wipe(content: bytearray) -> None:
@@ -129,6 +161,7 @@ def _page() -> tuple[int, str]:
         descriptor = kernel.syscall("memfd_secret", ctypes.c_uint(os.O_CLOEXEC))
     except OSError:
         return _locked(), "locked"
+    _raise_limit()
     try:
         os.ftruncate(descriptor, mmap.PAGESIZE)
         address = kernel.map_shared(descriptor, mmap.PAGESIZE)
@@ -140,7 +173,15 @@ def _page() -> tuple[int, str]:
     return address, "memfd_secret"
 
 
+def _raise_limit() -> None:
+    """Lets this process lock as much memory as the system permits: each secret takes a page, some systems begin with sixteen."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
+
+
 def _locked() -> int:
+    _raise_limit()
     try:
         address = kernel.map_private(mmap.PAGESIZE)
         kernel.mlock(address, mmap.PAGESIZE)

@@ -30,6 +30,7 @@ from cloister.enclave.serving import SealedService
 from cloister.enclave.session import Session, failure, report
 from cloister.errors import AcceleratorError, AdapterError, CloisterError, WireError
 from cloister.isolation.launch import applied
+from cloister.isolation.secret_memory import keys_at_rest
 from cloister.local.accelerators import open_accelerators
 from cloister.local.assembly import assemble, outside, register, release
 from cloister.local.connections import Connections
@@ -153,7 +154,7 @@ class EnclaveProcess:
             max_context=parts.forward.max_context,
             has_chat_template=directory.tokenizer.has_chat_template,
             accelerators=parts.gate.accelerators,
-            tee=f"{STAND_IN}; {applied() or 'not confined'}",
+            tee=f"{STAND_IN}; {applied() or 'not confined'}; {keys_at_rest()}",
             policy=plan.policy,
             plan=plan.digest(),
             warning=INSECURE.format(plan.policy) if isinstance(plan, InsecurePlan) else "",

@@ -17,7 +17,7 @@ from cloister.attest.measure import measure, this_program
 from cloister.attest.sim import Installation, SimAttester
 from cloister.enclave.prepare import product_parts
 from cloister.errors import AdapterError, SealError
-from cloister.isolation.secret_memory import overwrite_leftovers, wipe_bytes
+from cloister.isolation.secret_memory import Secret
 from cloister.local.voices import check_name
 from cloister.model.adapters import Adapter, open_adapter
 from cloister.model.directory import ModelDirectory, open_model
@@ -92,8 +92,7 @@ def open_asked(
         spec, base = directory.spec, directory.checkpoint
         sealed = [open_sealed_adapter(package, key, check_name(name), spec, base) for name in package.adapters]
         if key is not None:
-            wipe_bytes(key)
-            overwrite_leftovers()
+            key.close()  # the package has its own copy, until it is closed
         if clash := sorted(set(adapters) & set(package.adapters)):
             raise AdapterError(f"The package holds an adapter {clash[0]!r} already.", remedy="Give yours another name.")
         private = _private_products(package, spec)
@@ -104,7 +103,7 @@ def open_asked(
         raise
 
 
-def _key(package: Package, owner: Owner | None, settings: Settings) -> bytes:
+def _key(package: Package, owner: Owner | None, settings: Settings) -> Secret:
     if owner is None:
         raise SealError(f"{package.folder} is sealed, and no broker was named.", remedy="Start it with cloister chat.")
     digest = measure(this_program(settings, model=package.root)).digest

@@ -18,6 +18,7 @@ from typing import Any, Final
 import msgspec
 
 from cloister.errors import BrokerError
+from cloister.isolation.secret_memory import Secret
 
 SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS log (
@@ -44,7 +45,8 @@ class Line:
 class AuditLog:
     """The log in an open database."""
 
-    def __init__(self, database: sqlite3.Connection, key: bytes) -> None:
+    def __init__(self, database: sqlite3.Connection, key: Secret) -> None:
+        """Takes over the key."""
         self._database = database
         self._key = key
 
@@ -83,8 +85,13 @@ class AuditLog:
             number, last = line.number, line.hash
         return number, last
 
+    def close(self) -> None:
+        """Overwrites the key; harmless when already closed."""
+        self._key.close()
+
     def _mac(self, chained: bytes) -> bytes:
-        return hmac.digest(self._key, chained, "sha256")
+        with self._key.bytes() as key:
+            return hmac.digest(key, chained, "sha256")
 
 
 def _chain(previous: bytes, number: int, text: str) -> bytes:

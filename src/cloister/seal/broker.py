@@ -21,6 +21,7 @@ from cloister.attest.policy import Policy
 from cloister.attest.roots import Roots
 from cloister.attest.verify import verify
 from cloister.errors import ChannelError, CloisterError, KeyRefusedError
+from cloister.isolation.secret_memory import overwrite_leftovers, wipe_bytes
 from cloister.seal.release import NONCE_BYTES, Challenge, Released, ReleaseRequest
 from cloister.seal.store import Grant, KnownModel, Store
 from cloister.wire.channel import seal_to
@@ -97,10 +98,14 @@ class Broker:
         if model is None:
             raise KeyRefusedError("The package is not known.")
         grant, verdict = self._granted(model, request, now)
+        key = self._store.content_key(model.root)
         try:
-            sealed = seal_to(request.suite, request.key, self._store.content_key(model.root), request.info())
+            sealed = seal_to(request.suite, request.key, key, request.info())
         except ChannelError as error:
             raise KeyRefusedError(error.message) from error
+        finally:
+            wipe_bytes(key)
+            overwrite_leftovers()
         database.execute(
             "UPDATE challenges SET request = ?, response = ? WHERE nonce = ?", (asked, sealed, request.nonce)
         )

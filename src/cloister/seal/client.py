@@ -11,6 +11,7 @@ import http.client
 import socket
 import ssl
 from collections.abc import Callable
+from contextlib import closing
 from typing import Final, TypeVar
 from urllib.parse import urlsplit
 
@@ -18,6 +19,7 @@ import msgspec
 
 from cloister.attest.evidence import Attester
 from cloister.errors import BrokerError, KeyRefusedError
+from cloister.isolation.secret_memory import Secret
 from cloister.seal.manifest import Manifest, key_commitment
 from cloister.seal.release import MAX_RESPONSE_BYTES, Challenge, Released, ReleaseRequest
 from cloister.wire.channel import KeyPair
@@ -79,8 +81,8 @@ def fetch_key(
     measurement: bytes,
     plan: bytes = b"",
     suite: Suite = Suite.X_WING,
-) -> bytes:
-    """Returns the content key of a package.
+) -> Secret:
+    """Returns the content key of a package, in secret memory.
 
     Raises:
         KeyRefusedError: the broker refuses, or what it sends is not this package's key.
@@ -88,23 +90,23 @@ def fetch_key(
         AttesterError: this machine cannot prove what it runs.
     """
     nonce = _ask(connection, "/v1/challenge", b"{}", Challenge).nonce
-    keys = KeyPair(suite)
-    request = ReleaseRequest(
-        nonce=nonce,
-        suite=suite,
-        key=keys.public,
-        root=manifest.root(),
-        measurement=measurement,
-        plan=plan,
-        evidence=b"",
-    )
-    evidence = attester.evidence(request.binding().report_data()).encode()
-    request = msgspec.structs.replace(request, evidence=evidence)
-    released = _ask(connection, "/v1/release", msgspec.json.encode(request), Released)
-    key = keys.open(released.sealed, request.info())
+    with closing(KeyPair(suite)) as keys:
+        request = ReleaseRequest(
+            nonce=nonce,
+            suite=suite,
+            key=keys.public,
+            root=manifest.root(),
+            measurement=measurement,
+            plan=plan,
+            evidence=b"",
+        )
+        evidence = attester.evidence(request.binding().report_data()).encode()
+        request = msgspec.structs.replace(request, evidence=evidence)
+        released = _ask(connection, "/v1/release", msgspec.json.encode(request), Released)
+        key = keys.open(released.sealed, request.info())
     if key_commitment(key, manifest.package_id) != manifest.key_commitment:
         raise KeyRefusedError("The broker sent the key of another package.", remedy="Deposit the right key there.")
-    return key
+    return Secret.take(key)
 
 
 def _ask(connection: http.client.HTTPConnection, path: str, body: bytes, kind: type[Message]) -> Message:

@@ -4,13 +4,15 @@ Covers: everything a host can do to the stored files: change, swap, cut, mix pac
 Guarantees: what is returned is what the owner sealed. Every chunk is copied out of the host's reach, its hash compared with
 the signed manifest, and only then decrypted; a private chunk is authenticated a second time by its tag. Nothing is written.
 Does not cover: a host that refuses to give the files; where the key comes from (`seal.client`).
-Edge cases: `close` drops the key; a tensor read afterwards is an error, not stale data.
+The key rests in secret memory and is in ordinary memory only while a tensor is read.
+Edge cases: `close` overwrites the key; a tensor read afterwards is an error, not stale data.
 """
 
 import hashlib
 import hmac
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +21,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from cloister.errors import CheckpointError, ModelError, PackageError
+from cloister.isolation.secret_memory import Secret, overwrite_leftovers, wipe
 from cloister.model.checkpoint import Checkpoint
 from cloister.model.files import HeldFolder, open_regular, read_bytes
 from cloister.model.safetensors_file import STORED
@@ -35,7 +38,8 @@ from cloister.seal.manifest import (
 from cloister.seal.signing import PublicKey
 from cloister.seal.writer import ADAPTERS, KEY_BYTES, chunk_nonce
 
-Key = bytes | bytearray | memoryview
+Key = Secret | bytes | bytearray | memoryview
+"""A content key. A package keeps a copy of its own in secret memory; what was given stays the caller's."""
 
 _TRY_AGAIN: Final = "Fetch the package again."
 
@@ -106,7 +110,7 @@ class Package:
         ]
         if not chosen:
             raise PackageError(f"{self.folder} has no weights{f' of {adapter}' if adapter else ''}.", remedy=_TRY_AGAIN)
-        store = _Store(self.folder, self.manifest, self._cipher(key, chosen))
+        store = _Store(self.folder, self.manifest, self._checked(key, chosen))
         self._open.append(store)
         try:
             tensors = store.tensors(chosen)
@@ -124,14 +128,14 @@ class Package:
         self.files()
         for adapter in self.adapters:
             self.files(adapter)
-        store = _Store(self.folder, self.manifest, None if key is None else self._cipher(key, self.manifest.tensors))
+        store = _Store(self.folder, self.manifest, None if key is None else self._checked(key, self.manifest.tensors))
         try:
             return sum(tensor.check() for tensor in store.all(self.manifest.tensors))
         finally:
             store.close()
 
     def close(self) -> None:
-        """Closes every file and forgets the key; harmless when already closed."""
+        """Closes every file and overwrites the key; harmless when already closed."""
         for store in self._open:
             store.close()
         self._open = []
@@ -142,26 +146,39 @@ class Package:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _cipher(self, key: Key | None, tensors: "list[PackagedTensor] | tuple[PackagedTensor, ...]") -> AESGCM | None:
+    def _checked(self, key: Key | None, tensors: "list[PackagedTensor] | tuple[PackagedTensor, ...]") -> Secret | None:
+        """Returns a copy of the key, if it is the one that the manifest commits to."""
         if key is None:
             if any(tensor.private for tensor in tensors):
                 raise PackageError(f"{self.folder} has private weights.", remedy="Ask its owner's broker for the key.")
             return None
-        commitment = key_commitment(key, self.manifest.package_id)
-        if len(key) != KEY_BYTES or not hmac.compare_digest(commitment, self.manifest.key_commitment):
-            raise PackageError(
-                f"The key is not the one of {self.folder}.", remedy="Ask its owner's broker for the key."
-            )
-        return AESGCM(key)
+        copy = bytearray()
+        try:
+            if isinstance(key, Secret):
+                with key.bytes() as content:
+                    copy[:] = content
+            else:
+                copy[:] = key
+            commitment = key_commitment(copy, self.manifest.package_id)
+            if len(copy) != KEY_BYTES or not hmac.compare_digest(commitment, self.manifest.key_commitment):
+                raise PackageError(
+                    f"The key is not the one of {self.folder}.", remedy="Ask its owner's broker for the key."
+                )
+            return Secret.hold(copy)
+        finally:
+            wipe(copy)
 
 
 class _Store:
-    """The open files of a package and the cipher; what a `Checkpoint` releases and closes."""
+    """The open files of a package and the key; what a `Checkpoint` releases and closes."""
 
-    def __init__(self, folder: Path, manifest: Manifest, cipher: AESGCM | None) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, key: Secret | None) -> None:
+        """Takes over the key."""
         self._folder = folder
         self._manifest = manifest
-        self._cipher = cipher
+        self._key = key
+        self._cipher: AESGCM | None = None
+        """Only inside `unlocked`."""
         self._files: dict[str, int] = {}
         self._numbers = _chunk_numbers(manifest)
         self._kept: tuple[tuple[str, str, int], np.ndarray] | None = None
@@ -179,6 +196,20 @@ class _Store:
 
     def all(self, chosen: "tuple[PackagedTensor, ...]") -> "list[SealedTensor]":
         return [SealedTensor(self, tensor, self._folder / tensor.file) for tensor in chosen]
+
+    @contextmanager
+    def unlocked(self) -> Iterator[None]:
+        """Lets chunks be decrypted inside the block: the key is in ordinary memory only there."""
+        if self._key is None:
+            yield
+            return
+        try:
+            with self._key.bytes() as key:
+                self._cipher = AESGCM(key)
+                yield
+        finally:
+            self._cipher = None
+            overwrite_leftovers()
 
     def chunk(self, tensor: PackagedTensor, index: int) -> np.ndarray:
         """Returns one chunk in clear, verified, as bytes; kept, so that rows that are read in turn share it."""
@@ -238,7 +269,7 @@ class _Store:
 
     @property
     def has_key(self) -> bool:
-        return self._cipher is not None
+        return self._key is not None
 
     def madvise(self, _advice: int) -> None:
         """Forgets the chunk kept for the next read."""
@@ -248,12 +279,14 @@ class _Store:
         return sum(os.fstat(descriptor).st_size for descriptor in self._files.values())
 
     def close(self) -> None:
-        """Closes the files and forgets the key."""
+        """Closes the files and overwrites the key."""
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files = {}
         self._kept = None
-        self._cipher = None
+        if self._key is not None:
+            self._key.close()
+        self._key = None
         self._folder = self._folder / "(closed)"
 
     def _descriptor(self, file: str) -> int:
@@ -295,23 +328,25 @@ class SealedTensor:
     def check(self) -> int:
         """Reads every chunk, in clear where the key is there; returns the bytes read."""
         read = self._store.chunk if self._store.has_key or not self._tensor.private else self._store.stored
-        for index in range(self._tensor.chunks(self._store.chunk_bytes)):
-            read(self._tensor, index)
+        with self._store.unlocked():
+            for index in range(self._tensor.chunks(self._store.chunk_bytes)):
+                read(self._tensor, index)
         return self.nbytes
 
     def _bytes(self, start: int, stop: int) -> np.ndarray:
         size = self._store.chunk_bytes
         out = np.empty(stop - start, np.uint8)
         at = start
-        while at < stop:
-            index, within = divmod(at, size)
-            take = min(stop - at, min(size, self.nbytes - index * size) - within)
-            target = out[at - start : at - start + take]
-            if take == min(size, self.nbytes - index * size):  # the whole chunk: no detour
-                self._store.read(self._tensor, index, target)
-            else:
-                target[:] = self._store.chunk(self._tensor, index)[within : within + take]
-            at += take
+        with self._store.unlocked():
+            while at < stop:
+                index, within = divmod(at, size)
+                take = min(stop - at, min(size, self.nbytes - index * size) - within)
+                target = out[at - start : at - start + take]
+                if take == min(size, self.nbytes - index * size):  # the whole chunk: no detour
+                    self._store.read(self._tensor, index, target)
+                else:
+                    target[:] = self._store.chunk(self._tensor, index)[within : within + take]
+                at += take
         return out
 
 

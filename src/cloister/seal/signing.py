@@ -164,7 +164,7 @@ def read_private(path: Path) -> bytes:
         SealingKeyError: absent, too long, or readable by others than its owner.
     """
     try:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:  # a buffer would keep a copy of the key
             mode = os.fstat(file.fileno()).st_mode
             content = file.read(MAX_KEY_FILE_BYTES + 1)
     except OSError as error:

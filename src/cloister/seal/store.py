@@ -5,7 +5,7 @@
 
 Covers: transactions that survive a kill at any point; several processes on one store.
 Guarantees: every change is one transaction on disk (WAL, synchronous=FULL) together with its line in the log. A content key
-is in clear only in memory, and only while it is released.
+is in clear only in memory, and only while it is released; between uses the wrapping key and the log's are in secret memory.
 Assumes: the file system does what fsync says. Whoever has both files has the keys.
 Does not cover: wrapping by a hardware module.
 """
@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from cloister.errors import BrokerError
+from cloister.isolation.secret_memory import Secret, overwrite_leftovers, wipe_bytes
 from cloister.seal.audit_log import SCHEMA as LOG_SCHEMA
 from cloister.seal.audit_log import AuditLog
 from cloister.seal.signing import read_private, write_private
@@ -78,9 +79,11 @@ class Store:
     """An open store. Close it, or use it as a context manager. Not for two threads at once."""
 
     def __init__(self, database: sqlite3.Connection, key: bytes) -> None:
+        """Takes over the store's key: it is overwritten."""
         self.database = database
-        self._wrapping = AESGCM(_derived(key, b"wrap"))
-        self.log = AuditLog(database, _derived(key, b"log"))
+        self._wrapping = Secret.take(_derived(key, b"wrap"))
+        self.log = AuditLog(database, Secret.take(_derived(key, b"log")))
+        wipe_bytes(key)
 
     @staticmethod
     def open(folder: Path, *, create: bool = False) -> "Store":
@@ -142,7 +145,8 @@ class Store:
             BrokerError: the package, or another of this name and version, is there already.
         """
         nonce = secrets.token_bytes(12)
-        wrapped = self._wrapping.encrypt(nonce, key, _place(root, name, version))
+        with self._cipher() as cipher:
+            wrapped = cipher.encrypt(nonce, key, _place(root, name, version))
         with self.transaction() as database:
             if database.execute(
                 "SELECT 1 FROM models WHERE root = ? OR (name = ? AND version = ?)", (root, name, version)
@@ -154,7 +158,7 @@ class Store:
             self.log.append({"time": now, "event": "deposit", "model": name, "version": version, "root": root.hex()})
 
     def content_key(self, root: bytes) -> bytes:
-        """Returns the content key of a known package, in clear.
+        """Returns the content key of a known package, in clear; overwrite it after use.
 
         Raises:
             BrokerError: unknown, or the store's key file is another's.
@@ -166,7 +170,8 @@ class Store:
             raise BrokerError("The package is not known.", remedy="Deposit its key: cloister seal --broker.")
         name, version, nonce, wrapped = row
         try:
-            return self._wrapping.decrypt(nonce, wrapped, _place(root, name, version))
+            with self._cipher() as cipher:
+                return cipher.decrypt(nonce, wrapped, _place(root, name, version))
         except InvalidTag as error:
             raise BrokerError("A wrapped key does not open.", remedy=f"Restore {KEY_FILE} of this store.") from error
 
@@ -235,14 +240,25 @@ class Store:
             self.log.append(event)
 
     def close(self) -> None:
-        """Closes the database."""
+        """Closes the database and overwrites the keys; harmless when already closed."""
         self.database.close()
+        self._wrapping.close()
+        self.log.close()
 
     def __enter__(self) -> "Store":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @contextmanager
+    def _cipher(self) -> Iterator[AESGCM]:
+        """Yields what wraps keys; the wrapping key is in ordinary memory only inside the block."""
+        try:
+            with self._wrapping.bytes() as key:
+                yield AESGCM(key)
+        finally:
+            overwrite_leftovers()
 
     def _prepare(self, path: Path) -> None:
         try:

@@ -11,14 +11,16 @@
 Covers: reading, changing, cutting, reordering, dropping, repeating and replaying messages; relaying an offer or a request to
 another connection; removing the stronger suite from the hello. Both ends are plain objects without input or output.
 Guarantees: `ClientChannel.seal` raises unless `accept` returned; after any failure a channel stays closed. One uniform error
-goes to the peer (`REFUSED`). Keys of a connection die with it, so recorded traffic stays sealed when a machine falls later.
+goes to the peer (`REFUSED`). Keys of a connection die with it, so recorded traffic stays sealed when a machine falls later. The
+enclave's keys are in secret memory but for the moments of their use.
 Assumes: `check` verifies what it is given, with the nonce in it; the enclave is what the evidence says.
 Does not cover: who the client is; lengths beyond padding, number and times of messages; a peer that stops answering.
 Edge cases: an answer may be empty, but has a final frame all the same; a request is opened at most once.
 """
 
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from enum import Enum, auto
 from typing import Final, Never
 
@@ -30,6 +32,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from cloister.errors import ChannelError
+from cloister.isolation.secret_memory import Secret, overwrite_leftovers, wipe_bytes
 from cloister.wire.channel_messages import (
     FRAME_PAD,
     MAX_FRAME_BYTES,
@@ -60,9 +63,9 @@ Prove = Callable[[bytes, Offer], bytes]
 """Given the hello and the offer (without evidence), returns evidence made for both."""
 
 PublicKey = x25519.X25519PublicKey | hpke.MLKEM768X25519PublicKey
-PrivateKey = x25519.X25519PrivateKey | hpke.MLKEM768X25519PrivateKey
 
 _MLKEM_BYTES: Final = 1184
+_MLKEM_SEED_BYTES: Final = 64
 _X25519_BYTES: Final = 32
 
 
@@ -74,29 +77,52 @@ class _State(Enum):
 
 
 class KeyPair:
-    """The enclave's HPKE keys of one connection, or of one release of a key."""
+    """The enclave's HPKE keys of one connection, or of one release of a key; the private ones rest in secret memory."""
 
     def __init__(self, suite: Suite) -> None:
+        """Makes the keys from seeds that are drawn here.
+
+        Raises:
+            IsolationError: no memory can be kept for them.
+        """
         self.suite = suite
-        self._private: PrivateKey
-        if suite is Suite.X_WING:
-            lattice, curve = mlkem.MLKEM768PrivateKey.generate(), x25519.X25519PrivateKey.generate()
-            self._private = hpke.MLKEM768X25519PrivateKey(lattice, curve)
-            self.public = lattice.public_key().public_bytes_raw() + curve.public_key().public_bytes_raw()
-        else:
-            self._private = x25519.X25519PrivateKey.generate()
-            self.public = self._private.public_key().public_bytes_raw()
+        self._curve = Secret.random(_X25519_BYTES)
+        self._lattice = Secret.random(_MLKEM_SEED_BYTES) if suite is Suite.X_WING else None
+        with self._loaded() as (lattice, curve):
+            self.public = b"" if lattice is None else lattice.public_key().public_bytes_raw()
+            self.public += curve.public_key().public_bytes_raw()
+        overwrite_leftovers()
 
     def open(self, sealed: bytes, info: bytes) -> bytes:
         """Returns what was sealed to `public` under the same `info`.
 
         Raises:
             ChannelError: it was not.
+            IsolationError: the keys were closed.
         """
         try:
-            return _suite(self.suite).decrypt(sealed, self._private, info)
+            with self._loaded() as (lattice, curve):
+                private = curve if lattice is None else hpke.MLKEM768X25519PrivateKey(lattice, curve)
+                return _suite(self.suite).decrypt(sealed, private, info)
         except (InvalidTag, ValueError) as error:
             raise ChannelError("A message was not sealed to this key, or not for this place.") from error
+        finally:
+            overwrite_leftovers()
+
+    def close(self) -> None:
+        """Overwrites the keys; harmless when already closed."""
+        self._curve.close()
+        if self._lattice is not None:
+            self._lattice.close()
+
+    @contextmanager
+    def _loaded(self) -> Iterator[tuple[mlkem.MLKEM768PrivateKey | None, x25519.X25519PrivateKey]]:
+        """Yields the library's form of the keys; it overwrites its memory when they go, at the latest when the block ends."""
+        with ExitStack() as seeds:
+            lattice = None
+            if self._lattice is not None:
+                lattice = mlkem.MLKEM768PrivateKey.from_seed_bytes(seeds.enter_context(self._lattice.bytes()))
+            yield lattice, x25519.X25519PrivateKey.from_private_bytes(seeds.enter_context(self._curve.bytes()))
 
 
 def seal_to(suite: Suite, public: bytes, content: bytes, info: bytes) -> bytes:
@@ -248,22 +274,31 @@ class ServerChannel:
             raise ChannelError("A request out of turn, or a second time.")
         info = request_info(self._transcript, request.number)
         opened = keys.open(request.sealed, info)
-        content = unpad(opened[NONCE_BYTES:])
+        try:
+            content = unpad(opened[NONCE_BYTES:])
+            sealer = AnswerSealer(opened[:NONCE_BYTES], info)
+        finally:
+            wipe_bytes(opened)
         self._number += 1
         self._keys = keys
-        return content, AnswerSealer(opened[:NONCE_BYTES], info)
+        return content, sealer
 
     def close(self) -> None:
-        """Forgets the keys of this connection."""
+        """Overwrites the keys of this connection."""
+        if self._keys is not None:
+            self._keys.close()
         self._keys = None
 
 
 class AnswerSealer:
-    """Seals one answer, frame by frame. Not for two threads at once."""
+    """Seals one answer, frame by frame. Not for two threads at once. Its key rests in secret memory between frames."""
 
     def __init__(self, secret: bytes, info: bytes) -> None:
+        """Takes over `secret`: it is overwritten."""
         self._nonce = secrets.token_bytes(NONCE_BYTES)
-        self._cipher, self._base = _answer_keys(secret, info, self._nonce)
+        key, self._base = _answer_keys(secret, info, self._nonce)
+        self._key = Secret.take(key)
+        wipe_bytes(secret)
         self._count = 0
         self._done = False
 
@@ -275,12 +310,16 @@ class AnswerSealer:
         """
         if self._done or len(content) > MAX_FRAME_BYTES:
             raise ChannelError("The answer has ended, or a piece of it is too long.")
-        sealed = self._cipher.encrypt(
-            _frame_nonce(self._base, self._count), pad(content, FRAME_PAD), _frame_data(self._count, final)
-        )
+        with self._key.bytes() as key:
+            sealed = AESGCM(key).encrypt(
+                _frame_nonce(self._base, self._count), pad(content, FRAME_PAD), _frame_data(self._count, final)
+            )
+        overwrite_leftovers()
         head = bytes([final]) + (self._nonce if self._count == 0 else b"")
         self._count += 1
         self._done = final
+        if final:
+            self._key.close()
         return head + sealed
 
 
@@ -305,7 +344,8 @@ class AnswerReader:
         if self.finished or len(frame) <= head or len(frame) > MAX_FRAME_BYTES + OVERHEAD_BYTES or frame[0] > 1:
             self._broken()
         if self._count == 0:
-            self._cipher, self._base = _answer_keys(self._secret, self._info, frame[1:head])
+            key, self._base = _answer_keys(self._secret, self._info, frame[1:head])
+            self._cipher = AESGCM(key)
         if self._cipher is None:
             self._broken()
         try:
@@ -337,9 +377,12 @@ def request_info(binding: bytes, number: int) -> bytes:
     return b"cloister/request/1" + binding + number.to_bytes(8, "big")
 
 
-def _answer_keys(secret: bytes, info: bytes, nonce: bytes) -> tuple[AESGCM, bytes]:
+def _answer_keys(secret: bytes, info: bytes, nonce: bytes) -> tuple[bytes, bytes]:
+    """Returns key and base nonce of an answer."""
     made = HKDF(hashes.SHA256(), 44, salt=nonce, info=b"cloister/answer/1" + info).derive(secret)
-    return AESGCM(made[:32]), made[32:]
+    parts = made[:32], made[32:]
+    wipe_bytes(made)
+    return parts
 
 
 def _frame_nonce(base: bytes, count: int) -> bytes:
