@@ -40,24 +40,27 @@ app = typer.Typer(
         "or Qwen model from Hugging Face."
     ),
 )
-app.command("chat")(chat.chat)
-app.command("generate")(generate.generate)
-app.command("inspect")(inspect.inspect)
-app.command("plan")(plan.plan)
-app.command("slice")(slice.slice_)
-app.command("demo")(demo.demo)
-app.command("accelerator")(accelerator.accelerator)
-app.command("verify")(verify.verify)
-app.command("measure")(measure.measure)
-app.command("seal")(seal.seal)
-app.command("serve")(serve.serve)
-app.add_typer(broker.app, name="broker")
-app.command("gateway")(gateway.gateway)
-app.command("ledger")(ledger.ledger)
-app.command("split-server")(split.split_server)
-app.command("split-client")(split.split_client)
-app.add_typer(candidates.app, name="candidates")
-app.add_typer(bench.app, name="bench")
+
+_RUN, _OWN, _ASK, _STUDY = "Run a model", "Own a model or a server", "Ask servers without a TEE", "Compare and measure"
+
+app.command("demo", rich_help_panel=_RUN)(demo.demo)
+app.command("chat", rich_help_panel=_RUN)(chat.chat)
+app.command("generate", rich_help_panel=_RUN)(generate.generate)
+app.command("verify", rich_help_panel=_RUN)(verify.verify)
+app.command("seal", rich_help_panel=_OWN)(seal.seal)
+app.add_typer(broker.app, name="broker", rich_help_panel=_OWN)
+app.command("slice", rich_help_panel=_OWN)(slice.slice_)
+app.command("serve", rich_help_panel=_OWN)(serve.serve)
+app.command("measure", rich_help_panel=_OWN)(measure.measure)
+app.command("accelerator", rich_help_panel=_OWN)(accelerator.accelerator)
+app.add_typer(candidates.app, name="candidates", rich_help_panel=_ASK)
+app.command("gateway", rich_help_panel=_ASK)(gateway.gateway)
+app.command("ledger", rich_help_panel=_ASK)(ledger.ledger)
+app.command("split-server", rich_help_panel=_ASK)(split.split_server)
+app.command("split-client", rich_help_panel=_ASK)(split.split_client)
+app.command("inspect", rich_help_panel=_STUDY)(inspect.inspect)
+app.command("plan", rich_help_panel=_STUDY)(plan.plan)
+app.add_typer(bench.app, name="bench", rich_help_panel=_STUDY)
 
 
 def _version(wanted: bool) -> None:
