@@ -58,7 +58,7 @@ def by_descriptors(pid: int, size: int) -> str:
     return "nothing"
 
 
-def scan(pid: int, wanted: bytes) -> str:
+def scan(pid: int, *wanted: bytes) -> str:
     """Searches all memory of the process that can be read."""
     try:
         with Path(f"/proc/{pid}/maps").open() as maps, Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
@@ -68,10 +68,12 @@ def scan(pid: int, wanted: bytes) -> str:
                 first, last = (int(part, 16) for part in line.split()[0].split("-"))
                 try:
                     memory.seek(first)
-                    if wanted in memory.read(last - first):
-                        return f"found in {line.strip()}"
+                    content = memory.read(last - first)
                 except (OSError, ValueError, OverflowError):
                     continue
+                for number, one in enumerate(wanted):
+                    if (at := content.find(one)) >= 0:
+                        return f"number {number} found at {first + at:x} in {line.strip()}"
     except OSError:
         return "refused"
     return "not found"

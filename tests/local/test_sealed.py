@@ -1,22 +1,27 @@
 """A sealed model, from its owner to an answer, with real processes: broker, enclave, worker."""
 
 import os
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+import cloister
 from cloister.assets import demo_model
 from cloister.errors import BrokerError, KeyRefusedError, SealError
 from cloister.local.broker_link import owner_folder, stand_in_file
 from cloister.local.client import LLM
-from cloister.seal.policy import stand_in_policy
+from cloister.local.confined import ConfinedServer
+from cloister.seal.policy import parse_policy, stand_in_policy
 from cloister.seal.selection import Privacy
 from cloister.seal.signing import SigningKey
 from cloister.seal.store import Store
 from cloister.seal.writer import Sealed, seal_model
 from cloister.settings import PlanSettings, Settings
 from tests.isolation.readers import scan
+from tests.local.recording import record, recorded
 from tests.peft_models import PLAIN, write_adapter
 
 PROMPT = "Once upon a time"
@@ -68,6 +73,70 @@ def test_a_sealed_model_answers_as_the_plain_one_and_lends_no_weight(owner: Path
             for pid in descendants(model._process.pid):
                 assert scan(pid, sealed.key) == "not found"
     assert events(owner) == ["deposit", "refuse", "allow", "release"]
+
+
+def test_no_key_of_a_session_lies_in_memory_that_others_can_read(
+    owner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every key that the enclave ever kept: of the package, of its release, of a client's channel, of answers, receipts, pads."""
+    if os.getuid() != 0:
+        pytest.skip("only root can try what root can")
+    sealed = seal(tmp_path / "package", owner)
+    allow(owner)
+    notes = record(monkeypatch, tmp_path / "notes")
+    with ConfinedServer(sealed.folder, listen="127.0.0.1:0") as server:
+        if "keys in memfd_secret" not in server.info.tee:
+            pytest.skip(f"this kernel has no memfd_secret: {server.info.tee}")
+        policy, roots = parse_policy(server.policy)
+        with cloister.connect(server.address, policy=policy, roots=roots) as model:
+            assert len(list(model.generate(PROMPT, **GREEDY))) > 3
+            keys = recorded(notes)  # the channel is open
+            assert sealed.key in keys
+            assert {len(key) for key in keys} == {32, 64}  # with the seed of the lattice key
+            assert len(keys) >= 8
+            enclave = descendants(server._llm._process.pid)
+            assert scan(enclave[-1], PROMPT.encode()).startswith("number 0 found")  # ordinary memory falls to root
+            for pid in enclave:
+                assert scan(pid, *keys) == "not found"
+                for uid in (65533, 65534):
+                    assert scan_as(uid, pid, PROMPT.encode()) == "refused"
+
+
+SCANNER = """
+import os, sys
+sys.path[:] = {path!r}
+from tests.isolation.readers import scan
+from tests.local.recording import record, recorded
+uid, pid, wanted = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3].encode()
+os.setgroups([]), os.setgid(uid), os.setuid(uid)
+print(scan(pid, wanted))
+"""
+
+
+def scan_as(uid: int, pid: int, wanted: bytes) -> str:
+    """What another user finds."""
+    code = SCANNER.format(path=[str(Path(__file__).parents[2]), *sys.path])
+    line = [sys.executable, "-I", "-c", code, str(uid), str(pid), wanted.decode()]
+    return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
+
+
+WITHOUT_IT = """
+import sys
+from cloister.isolation import kernel, seccomp
+from cloister.assets import demo_model
+from cloister.local.client import LLM
+kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+seccomp.deny(["memfd_secret"])  # for the processes that this one starts, too
+with LLM(demo_model()) as model:
+    assert model.generate("Once", temperature=0.0, max_new_tokens=2).text
+    print(model.info.tee)
+"""
+
+
+def test_a_session_without_secret_memory_says_so() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_IT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "keys in locked pages that root can read (no memfd_secret here)" in done.stdout
 
 
 def descendants(pid: int) -> list[int]:

@@ -105,7 +105,9 @@ class Secret:
         if not self._address:
             raise IsolationError("The secret was closed.")
         if os.getpid() != self._owner:
-            raise IsolationError("A secret is not inherited.", remedy="Start a new process instead of forking this one.")
+            raise IsolationError(
+                "A secret is not inherited.", remedy="Start a new process instead of forking this one."
+            )
 
     def __len__(self) -> int:
         return self._size
