@@ -21,6 +21,7 @@ from cloister.settings import Backend
 from cloister.wire.codec import HEADER_BYTES, Frame, Kind, Status, decode, received_rows
 from cloister.wire.messages import Blinded, PublicWeight
 from cloister.wire.sealed_memory import Arena, SealedMatrix
+from tests.isolation.processes import innermost
 
 SECONDS = 30.0
 D_OUT, D_IN = 24, 40
@@ -234,10 +235,10 @@ def test_a_worker_inherits_little_and_is_not_ended_by_the_terminal(monkeypatch: 
         os.set_inheritable(kept.fileno(), True)
         worker = SharedMemoryAccelerator.start(threads=1, backend=Backend.NUMBA)
         assert worker.pid is not None
-        child = psutil.Process(worker.pid)
-        assert set(child.environ()) <= {*shared.KEPT_VARIABLES, "LC_CTYPE"}
-        assert os.getsid(worker.pid) == worker.pid
-        opened = {int(entry.name): str(entry.readlink()) for entry in Path(f"/proc/{worker.pid}/fd").iterdir()}
+        pid = innermost(worker.pid)
+        assert set(psutil.Process(pid).environ()) <= {*shared.KEPT_VARIABLES, "LC_CTYPE", "PWD"}
+        assert os.getsid(pid) != os.getsid(0)
+        opened = {int(entry.name): str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()}
         assert opened.pop(0) == opened.pop(1) == os.devnull
         opened.pop(2)
         assert os.devnull not in opened.values(), "a descriptor of ours was passed on"

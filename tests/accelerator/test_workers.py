@@ -37,6 +37,7 @@ from cloister.wire.codec import HEADER_BYTES, Frame, Kind, Status, decode, recei
 from cloister.wire.messages import Blinded, PublicWeight
 from cloister.wire.sealed_memory import Arena, SealedMatrix, map_sealed_matrix
 from cloister.wire.tcp import parse_address
+from tests.isolation.processes import innermost
 
 SECONDS = 30.0
 
@@ -136,14 +137,17 @@ def test_a_killed_worker_is_reported_and_reaped(rng: np.random.Generator) -> Non
     worker = SharedMemoryAccelerator.start(threads=1)
     weight = make_weight(rng)
     worker.register(weight)
-    pid = worker.pid
-    assert pid is not None
+    assert worker.pid is not None
+    pid = innermost(worker.pid)
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(AcceleratorLostError, match="gone"):
         worker.multiply(weight.weight_id, make_rows(rng, 1), SECONDS)
     with pytest.raises(AcceleratorLostError, match="closed"):
         worker.multiply(weight.weight_id, make_rows(rng, 1), SECONDS)
+    started = worker.pid
     worker.close()
+    assert not psutil.pid_exists(started)
+    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=20)
     assert not psutil.pid_exists(pid)
 
 
@@ -151,19 +155,23 @@ def test_a_hanging_worker_is_given_up_within_the_timeout_and_killed(rng: np.rand
     worker = SharedMemoryAccelerator.start(threads=1)
     weight = make_weight(rng)
     worker.register(weight)
-    pid = worker.pid
-    assert pid is not None
+    assert worker.pid is not None
+    pid = innermost(worker.pid)
     os.kill(pid, signal.SIGSTOP)
     with pytest.raises(AcceleratorTimeoutError, match="0.2 s"):
         worker.multiply(weight.weight_id, make_rows(rng, 1), 0.2)
+    started = worker.pid
     worker.close()
+    assert not psutil.pid_exists(started)
+    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=20)
     assert not psutil.pid_exists(pid)
 
 
 def test_a_worker_leaves_when_its_client_is_gone() -> None:
     code = (
-        "from cloister.accelerator.shared import SharedMemoryAccelerator as S; import os\n"
-        "w = S.start(threads=1); w._await_ready(); print(w.pid, flush=True); os._exit(1)"
+        "from cloister.accelerator.shared import SharedMemoryAccelerator as S; import os, psutil\n"
+        "w = S.start(threads=1); w._await_ready()\n"
+        "print([w.pid, *(p.pid for p in psutil.Process(w.pid).children(recursive=True))][-1], flush=True); os._exit(1)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout
     pid = int(out)

@@ -17,6 +17,7 @@ from cloister.errors import CheckpointError, EnclaveLostError, ModelError, Reque
 from cloister.local.client import LLM
 from cloister.settings import AcceleratorSettings, PlanSettings, Settings
 from cloister.wire.session import Event, Generate, Progress, Rehearsal, Sampling, SessionSocket
+from tests.isolation.processes import innermost
 
 CHAT = [{"role": "user", "content": "Tell me a story about a fox and a kite."}]
 GREEDY = {"temperature": 0, "max_new_tokens": 40}
@@ -134,7 +135,7 @@ def test_a_worker_killed_in_the_middle_changes_no_token(expected: str) -> None:
         for count, _ in enumerate(reply):
             if count == 3:
                 for pid in model._workers.pids:
-                    os.kill(pid, signal.SIGKILL)
+                    os.kill(innermost(pid), signal.SIGKILL)
         assert reply.text == expected
     incidents = [event for event in events if isinstance(event, Event)]
     assert len(incidents) == 1
@@ -150,7 +151,7 @@ def test_a_hanging_worker_changes_no_token(expected: str) -> None:
         stopped = False
         for _ in reply:
             if not stopped:
-                os.kill(model._workers.pids[0], signal.SIGSTOP)
+                os.kill(innermost(model._workers.pids[0]), signal.SIGSTOP)
                 stopped = True
         assert reply.text == expected
     assert ["0.5 s" in event.reason for event in events] == [True]
@@ -171,7 +172,8 @@ def test_a_cheating_worker_is_named(expected: str) -> None:
 
 def test_a_lost_enclave_is_reported_and_leaves_no_process() -> None:
     model = LLM(demo_model())
-    children = [psutil.Process(pid) for pid in (model._process.pid, *model._workers.pids)]
+    started = [psutil.Process(pid) for pid in (model._process.pid, *model._workers.pids)]
+    children = [*started, *(inner for process in started for inner in process.children(recursive=True))]
     os.kill(model._process.pid, signal.SIGKILL)
     with pytest.raises(EnclaveLostError, match="exit code -9"):
         _ = model.chat(CHAT).text

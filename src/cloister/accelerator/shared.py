@@ -23,8 +23,8 @@ from cloister.errors import (
     AcceleratorTimeoutError,
     WireError,
 )
-from cloister.isolation.confinement import Confinement, gpu_devices, kernel_cache
-from cloister.isolation.launch import command
+from cloister.isolation.bubblewrap import confined_command, start
+from cloister.isolation.confinement import Confinement, kernel_cache
 from cloister.settings import Backend
 from cloister.wire.codec import (
     HEADER_BYTES,
@@ -324,7 +324,9 @@ class SharedMemoryAccelerator:
 
 
 def launch_worker(label: str, backend: Backend, threads: int) -> "tuple[socket.socket, subprocess.Popen[bytes]]":
-    """Returns the client's end of the socket of a new worker, and its process: confined to its socket, the kernels and a GPU.
+    """Returns the client's end of the socket of a new worker, and its process (bubblewrap where there is one).
+
+    The worker is confined to its socket and the cache of kernels; the device files of GPUs are there for `cuda` alone.
 
     Raises:
         AcceleratorLostError: no process can be started.
@@ -337,17 +339,18 @@ def launch_worker(label: str, backend: Backend, threads: int) -> "tuple[socket.s
             remedy="Set TRITON_CACHE_DIR to a folder that can be written.",
         ) from error
     writable = tuple(dict.fromkeys((*kernel_cache(), *compiler.values())))
-    confinement = Confinement(write=writable, gpu=bool(gpu_devices()))
+    confinement = Confinement(write=writable, gpu=backend is Backend.CUDA)
+    environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ} | compiler
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         arguments = ["--fd", str(theirs.fileno()), "--backend", backend.value, "--threads", str(threads)]
         try:
-            process = subprocess.Popen(
-                command(confinement, "cloister.accelerator.worker", *arguments),
+            process = start(
+                confined_command(confinement, "cloister.accelerator.worker", environment, *arguments),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # what we print must hold nothing that a worker wrote
-                env={name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ} | compiler,
+                env=environment,
                 start_new_session=True,
             )
         except OSError as error:

@@ -1,17 +1,22 @@
 """Wraps a command in bubblewrap: a file system with nothing in it but what is named, no network, no other processes.
 
-Covers: the command line. Guarantees: nothing is found by a search path that the environment sets; without bubblewrap the
-caller is told, and confines the process from inside instead.
+Covers: the command line of a confined module; its start. Guarantees: nothing is found by a search path that the environment
+sets; without bubblewrap the process confines itself from inside, in name spaces of its own where the machine permits.
 Does not cover: set-user-id installations of bubblewrap, which are not used.
 """
 
 import os
+import queue
 import stat
 import subprocess
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import msgspec
 
 from cloister.isolation.confinement import (
     GPU_FILES,
@@ -21,6 +26,7 @@ from cloister.isolation.confinement import (
     gpu_devices,
     interpreter_files,
 )
+from cloister.isolation.launch import command
 
 PLACES: Final = ("/usr/bin/bwrap", "/usr/local/bin/bwrap")
 
@@ -39,6 +45,41 @@ def find() -> Path | None:
         except (OSError, subprocess.TimeoutExpired):
             continue
     return None
+
+
+def confined_command(
+    confinement: Confinement, module: str, environment: Mapping[str, str], *arguments: str
+) -> list[str]:
+    """Returns the command that starts a module of this package confined: inside bubblewrap where there is one."""
+    program = find()
+    if program is None:
+        return command(confinement, module, *arguments)
+    inside = msgspec.structs.replace(confinement, inside=True)
+    return wrapped(program, command(inside, module, *arguments), inside, environment)
+
+
+def start(line: list[str], **options: Any) -> "subprocess.Popen[bytes]":
+    """Returns the process of a command, started as `subprocess.Popen` does it with these options; errors as there.
+
+    bubblewrap ends with the thread that started it, not with its process. So a thread starts it that lives as long.
+    """
+    outcome: queue.SimpleQueue[subprocess.Popen[bytes] | OSError] = queue.SimpleQueue()
+
+    def live() -> None:
+        try:
+            process = subprocess.Popen(line, **options)
+        except OSError as error:
+            outcome.put(error)
+            return
+        outcome.put(process)
+        with suppress(ChildProcessError):  # whoever has the process waits for it as well
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+    threading.Thread(target=live, daemon=True).start()
+    made = outcome.get()
+    if isinstance(made, OSError):
+        raise made
+    return made
 
 
 def wrapped(program: Path, command: list[str], confinement: Confinement, environment: Mapping[str, str]) -> list[str]:

@@ -8,7 +8,6 @@ The enclave process on a plain machine is a software stand-in: it is separate, b
 import os
 import socket
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ import msgspec
 
 from cloister import errors
 from cloister.errors import CloisterError, EnclaveLostError, RequestError
+from cloister.isolation.bubblewrap import start
 from cloister.local.broker_link import BrokerLink, stand_in_file
 from cloister.local.sandbox import enclave_command, enclave_confinement
 from cloister.local.workers import WorkerStarter
@@ -107,7 +107,9 @@ class LLM:
         link = BrokerLink(settings.seal.broker) if sealed else None
         self._listener = listener
         self._generating = False
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        self._log: IO[bytes] = os.fdopen(
+            os.memfd_create("cloister-enclave-log"), "w+b"
+        )  # in memory: it may quote anything
         environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         ours, theirs = socket.socketpair()
         self._session = SessionSocket(ours)
@@ -120,7 +122,7 @@ class LLM:
                 handed["connections"] = connections.fileno()
             arguments = [f"--{name}={number}" for name, number in handed.items()]
             arguments += [f"--stand-in={path}" for path in stand_in]
-            self._process = subprocess.Popen(
+            self._process = start(
                 enclave_command(confinement, environment, *arguments),
                 pass_fds=tuple(handed.values()),
                 stdin=subprocess.DEVNULL,

@@ -4,9 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from cloister.isolation import bubblewrap
+from cloister.isolation.bubblewrap import confined_command
 from cloister.isolation.confinement import Confinement, kernel_cache
-from cloister.isolation.launch import command
 from cloister.settings import Settings
 
 MODULE: Final = "cloister.local.enclave_process"
@@ -36,13 +35,7 @@ def enclave_confinement(folders: Iterable[Path], settings: Settings) -> Confinem
 
 def enclave_command(confinement: Confinement, environment: Mapping[str, str], *arguments: str) -> list[str]:
     """Returns the command that starts an enclave: inside bubblewrap where there is one."""
-    program = bubblewrap.find()
-    if program is None:
-        return command(confinement, MODULE, *arguments)
-    inside = Confinement(
-        read=confinement.read, write=confinement.write, connect=confinement.connect, gpu=confinement.gpu, inside=True
-    )
-    return bubblewrap.wrapped(program, command(inside, MODULE, *arguments), inside, environment)
+    return confined_command(confinement, MODULE, environment, *arguments)
 
 
 def _reachable(folder: Path) -> list[Path]:

@@ -57,7 +57,10 @@ class WorkerStarter:
 
     def _serve(self) -> None:
         with suppress(OSError):
-            while (label := self._ours.recv(64)) and len(self._processes) < MOST_WORKERS:
+            while label := self._ours.recv(64):
+                if len(self._processes) == MOST_WORKERS:
+                    self._ours.send(f"there are {MOST_WORKERS} already".encode())
+                    continue
                 try:
                     sock, process = launch_worker(
                         label.decode("ascii", "replace"), self._settings.backend, self._settings.threads
