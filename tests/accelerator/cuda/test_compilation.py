@@ -12,6 +12,8 @@ import pytest
 from cloister.accelerator.cuda.cache import compiler_variables
 from cloister.accelerator.cuda.configurations import Family, all_families, family_of, parse_family
 from cloister.errors import SettingsError
+from cloister.isolation import bubblewrap
+from cloister.isolation.confinement import Confinement, kernel_cache
 
 SHARED_BYTES = {8: 99 * 1024, 9: 227 * 1024, 10: 227 * 1024, 12: 99 * 1024}
 """Shared memory that one program may use, by major compute capability; the smallest of the family."""
@@ -125,9 +127,8 @@ def test_a_family_without_an_entry_for_a_shape_says_so() -> None:
 CONFINED = """
 import sys
 from pathlib import Path
-from cloister.accelerator.cuda.cache import compiler_variables
-from cloister.isolation.confinement import Confinement, confine, kernel_cache
-applied = confine(Confinement(write=(*kernel_cache(), *compiler_variables().values()), gpu=True))
+from cloister.isolation.confinement import Confinement, confine
+applied = confine(Confinement.decode(sys.argv[2]))
 from cloister.accelerator.cuda import inspection, ring_kernels
 made = inspection._compiled(ring_kernels.publish, 90, {}, 1, 3)
 assert made.asm["cubin"]
@@ -138,15 +139,22 @@ except OSError:
 """
 
 
-def test_a_confined_worker_can_compile_and_writes_nowhere_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("inside", [False, True], ids=["from inside", "in bubblewrap"])
+def test_a_confined_worker_can_compile_and_writes_nowhere_else(tmp_path: Path, inside: bool) -> None:
     pytest.importorskip("triton", reason="triton is not installed: the GPU kernels are not compiled")
     kept, elsewhere = tmp_path / "cache", tmp_path / "elsewhere"
+    kept.mkdir()
+    confinement = Confinement(write=(*kernel_cache(), str(kept)), gpu=True, inside=inside)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p.endswith("src")), "TMPDIR": str(kept)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CONFINED, str(elsewhere)],
-        capture_output=True, text=True, check=False, env={**environment, "TRITON_CACHE_DIR": str(kept)},
-    )  # fmt: skip
+    environment["TRITON_CACHE_DIR"] = str(kept)
+    line = [sys.executable, "-W", "ignore", "-c", CONFINED, str(elsewhere), confinement.encode()]
+    if inside:
+        program = bubblewrap.find()
+        if program is None:
+            pytest.skip("bubblewrap is not installed, or does not work here")
+        line = bubblewrap.wrapped(program, line, confinement, environment)
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     if "compiled" not in done.stdout:
         pytest.skip("this machine has no Landlock: nothing keeps a process from writing")
