@@ -5,6 +5,7 @@ Both import spaCy, which takes seconds and, where PyTorch is installed, imports 
 Presidio's recognisers of e-mail addresses and links are left out: they ask a public list of domains over the network.
 """
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -12,6 +13,8 @@ from typing import Any, Final
 from cloister.errors import SettingsError
 from cloister.privacy.labels import Finding, Format, Label, Numeral
 from cloister.privacy.mechanism import Kind
+from cloister.privacy.phones import PhoneRegion, by_region
+from cloister.privacy.prefilter import Digits, Needs, needs_of
 
 RECOGNISERS: Final[Mapping[str, Format]] = {
     "CreditCardRecognizer": Format.CARD,
@@ -57,7 +60,11 @@ SPACY_LABELS: Final[Mapping[str, Label]] = {
 
 
 class Presidio:
-    """Presidio's pattern recognisers, without its language models."""
+    """Presidio's pattern recognisers, without its language models.
+
+    Guarantees: finds what each recogniser's `analyze` finds with at least the confidence `LEAST_SCORE`. Expressions that
+    cannot reach it are left out, the others are tried where a text can hold a match (`privacy.prefilter`).
+    """
 
     def __init__(self) -> None:
         """Loads them.
@@ -68,15 +75,23 @@ class Presidio:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                from presidio_analyzer import EntityRecognizer, PatternRecognizer
                 from presidio_analyzer import predefined_recognizers as known
         except ImportError as error:
             raise SettingsError(
                 "presidio-analyzer is not installed.",
                 remedy="Run `pip install cloister[gateway]`, or leave Presidio out with --detectors rules.",
             ) from error
-        self._recognisers: list[tuple[Any, Format]] = [
-            (getattr(known, name)(), label) for name, label in RECOGNISERS.items() if hasattr(known, name)
-        ]
+        self._distinct: Any = EntityRecognizer.remove_duplicates
+        self._recognisers: list[tuple[Format, list[tuple[Any, Needs | PhoneRegion]]]] = []
+        for name, label in RECOGNISERS.items():
+            if hasattr(known, name):
+                recogniser = getattr(known, name)()
+                if isinstance(recogniser, PatternRecognizer):
+                    validates = type(recogniser).validate_result is not PatternRecognizer.validate_result
+                    self._recognisers.append((label, _one_by_one(recogniser, validates)))
+                else:
+                    self._recognisers.append((label, by_region(recogniser)))
 
     @property
     def name(self) -> str:
@@ -85,11 +100,35 @@ class Presidio:
 
     def find(self, text: str) -> list[Finding]:
         """See `Detector`."""
-        found = []
-        for recogniser, label in self._recognisers:
-            results = recogniser.analyze(text, recogniser.supported_entities, None) or ()
-            found += [Finding(r.start, r.end, label) for r in results if r.score >= LEAST_SCORE]
+        digits = Digits(text)
+        found: list[Finding] = []
+        for label, parts in self._recognisers:
+            results = [
+                (result, start)
+                for recogniser, needs in parts
+                for start, stop in needs.stretches(digits)
+                for result in recogniser.analyze(text[start:stop], recogniser.supported_entities, None) or ()
+            ]
+            if results:
+                found += self._findings(results, label)
         return found
+
+    def _findings(self, results: list[tuple[Any, int]], label: Format) -> list[Finding]:
+        for result, offset in results:
+            result.start, result.end = result.start + offset, result.end + offset
+        distinct = self._distinct([result for result, _ in results])
+        return [Finding(r.start, r.end, label) for r in distinct if r.score >= LEAST_SCORE]
+
+
+def _one_by_one(recogniser: Any, validates: bool) -> list[tuple[Any, Needs]]:
+    """Returns a recogniser for each expression that can reach `LEAST_SCORE`, by itself or by its check digits."""
+    made = []
+    for pattern in recogniser.patterns:
+        if pattern.score >= LEAST_SCORE or validates:
+            alone = copy.copy(recogniser)
+            alone.patterns = [pattern]
+            made.append((alone, needs_of(pattern.regex, int(recogniser.global_regex_flags))))
+    return made
 
 
 class Spacy:
