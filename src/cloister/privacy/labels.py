@@ -60,6 +60,8 @@ def settle(findings: list[Finding]) -> list[Finding]:
 
     What a losing finding covers beyond the winner is kept as findings of its own, so nothing that any detector saw is left.
     """
+    if not _overlap(findings):
+        return sorted((finding for finding in findings if finding.stop > finding.start), key=lambda one: one.start)
     owners = [0] * max((finding.stop for finding in findings), default=0)
     for number, finding in enumerate(findings, 1):
         taken = owners[finding.start : finding.stop]
@@ -74,3 +76,8 @@ def settle(findings: list[Finding]) -> list[Finding]:
             settled.append(Finding(place, place + length, findings[owner - 1].label))
         place += length
     return settled
+
+
+def _overlap(findings: list[Finding]) -> bool:
+    ordered = sorted((finding.start, finding.stop) for finding in findings)
+    return any(after[0] < before[1] for before, after in itertools.pairwise(ordered))

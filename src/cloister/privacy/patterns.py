@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cloister.privacy.labels import Finding, Format, Numeral
+from cloister.privacy.prefilter import Digits, Needs, matches
 
 EMAIL: Final = re.compile(r"[\w.+%-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}")
 URL: Final = re.compile(r"\b(?:https?|ftp|ssh|wss?)://[^\s<>\"'`]{1,2000}|\bwww\.[^\s<>\"'`]{1,2000}", re.IGNORECASE)
@@ -44,13 +45,31 @@ DATE: Final = re.compile(
 NUMBER: Final = re.compile(
     r"(?<![\w.])\d{1,3}(?:,\d{3}){1,5}(?:\.\d{1,6})?(?!\w)|(?<![\w.])\d{1,18}(?:[.,]\d{1,6})?(?!\d)"
 )
-_DIGIT: Final = re.compile(r"\d")
+# What a match has: digits, within so many characters (tests derive it from the expressions).
+_IBAN: Final = Needs(digits=2, longest=64)
+_CARD: Final = Needs(digits=12, longest=37)
+_SSN: Final = Needs(digits=9, longest=11)
+_DIGITS: Final = Needs(digits=3, longest=61)
+_NUMBER: Final = Needs(digits=1, longest=30)
+LEAST_PHONE: Final = 7
+
 ORDINAL: Final = re.compile(r"^(?:st|nd|rd|th)\b", re.IGNORECASE)
+
+MONTHS: Final = (
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December",
+)  # fmt: skip
+_SECRET_WORDS: Final = ("pass", "pwd", "secret", "token", "api", "pin")
+"""In lower case; one is in every match of `PASSWORD`."""
+_LONG_WORD: Final = 14
+"""Characters without a blank in a match of `KEY`, at least, but for a private key."""
 
 
 @dataclass(frozen=True)
 class Patterns:
-    """The pattern detector; `all_numbers` takes single digits too."""
+    """The pattern detector; `all_numbers` takes single digits too.
+
+    Guarantees: finds what each expression finds in the whole text. One that cannot match a text is not tried on it.
+    """
 
     all_numbers: bool = False
 
@@ -61,40 +80,57 @@ class Patterns:
 
     def find(self, text: str) -> list[Finding]:
         """Returns identifiers first, then dates, then numbers, the surest first."""
-        return [*self._identifiers(text), *_all(DATE, text, Numeral.DATE), *self._numbers(text)]
+        digits = Digits(text)
+        dates = list(_dates(digits))
+        found = [*self._worded(text), *self._addresses(digits)] if not digits.places else self._numbered(digits, dates)
+        return [*found, *(Finding(start, stop, Numeral.DATE) for start, stop in dates), *self._numbers(digits)]
 
-    def _identifiers(self, text: str) -> Iterator[Finding]:
-        for match in PASSWORD.finditer(text):
-            yield Finding(match.start(1), match.start(1) + len(match.group(1).rstrip(".!?)")), Format.KEY)
-        for match in KEY.finditer(text):
-            yield Finding(match.start(), match.start() + len(match.group().rstrip(".=,;")), Format.KEY)
+    @staticmethod
+    def _worded(text: str) -> Iterator[Finding]:
+        lower = _without_case(text)
+        if any(word in lower for word in _SECRET_WORDS):
+            for match in PASSWORD.finditer(text):
+                yield Finding(match.start(1), match.start(1) + len(match.group(1).rstrip(".!?)")), Format.KEY)
+        if "-----BEGIN" in text or max(map(len, text.split()), default=0) >= _LONG_WORD:
+            for match in KEY.finditer(text):
+                yield Finding(match.start(), match.start() + len(match.group().rstrip(".=,;")), Format.KEY)
         if "@" in text:
             yield from _all(EMAIL, text, Format.EMAIL)
-        for match in URL.finditer(text):
-            yield Finding(match.start(), match.start() + len(match.group().rstrip(".,;:!?)]}")), Format.URL)
-        if not _DIGIT.search(text):
-            yield from _all(ADDRESS, text, Format.ADDRESS)  # the only one that can do without digits
-            return
-        yield from (found for found in _all(IBAN, text, Format.IBAN) if iban_is_valid(text[found.start : found.stop]))
-        dates = [match.span() for match in DATE.finditer(text)]
-        yield from (found for found in _all(CARD, text, Format.CARD) if luhn_is_valid(text[found.start : found.stop]))
-        yield from _all(UUID, text, Format.IDENTIFIER)
-        yield from _all(SSN, text, Format.IDENTIFIER)
-        yield from _all(ADDRESS, text, Format.ADDRESS)
-        for found in _all(PHONE, text, Format.PHONE):
-            digits = sum(letter.isdigit() for letter in text[found.start : found.stop])
-            if 7 <= digits <= 15 and not any(found.start <= start and stop <= found.stop for start, stop in dates):
-                yield found
-        yield from (found for found in _all(MIXED, text, Format.IDENTIFIER) if _is_code(text[found.start : found.stop]))
-        yield from _all(DIGITS, text, Format.IDENTIFIER)
+        if "://" in text or "www." in lower:
+            for match in URL.finditer(text):
+                yield Finding(match.start(), match.start() + len(match.group().rstrip(".,;:!?)]}")), Format.URL)
 
-    def _numbers(self, text: str) -> Iterator[Finding]:
-        for found in _all(NUMBER, text, Numeral.NUMBER):
-            digits = text[found.start : found.stop]
+    def _numbered(self, digits: Digits, dates: list[tuple[int, int]]) -> list[Finding]:
+        text = digits.text
+        found = list(self._worded(text))
+        found += (f for f in _near(IBAN, _IBAN, digits, Format.IBAN) if iban_is_valid(text[f.start : f.stop]))
+        found += (f for f in _near(CARD, _CARD, digits, Format.CARD) if luhn_is_valid(text[f.start : f.stop]))
+        if text.count("-") >= 4:
+            found += _all(UUID, text, Format.IDENTIFIER)
+        found += _near(SSN, _SSN, digits, Format.IDENTIFIER)
+        found += self._addresses(digits)
+        if len(digits.places) >= LEAST_PHONE:
+            for number in _all(PHONE, text, Format.PHONE):
+                count = sum(letter.isdigit() for letter in text[number.start : number.stop])
+                dated = any(number.start <= start and stop <= number.stop for start, stop in dates)
+                if LEAST_PHONE <= count <= 15 and not dated:
+                    found.append(number)
+        found += (f for f in _all(MIXED, text, Format.IDENTIFIER) if _is_code(text[f.start : f.stop]))
+        return found + list(_near(DIGITS, _DIGITS, digits, Format.IDENTIFIER))
+
+    @staticmethod
+    def _addresses(digits: Digits) -> Iterator[Finding]:
+        joints = digits.text.count(":") + digits.text.count("-")
+        if joints >= 2 or digits.dense(4, 15):  # colons, five hyphens, or four numbers with dots
+            yield from _all(ADDRESS, digits.text, Format.ADDRESS)
+
+    def _numbers(self, digits: Digits) -> Iterator[Finding]:
+        text = digits.text
+        for found in _near(NUMBER, _NUMBER, digits, Numeral.NUMBER):
             joined = text[found.stop : found.stop + 1].isalpha() or text[found.stop : found.stop + 1] == "_"
             if joined and self.all_numbers:
                 continue  # every word is replaced, this one as a whole
-            if self.all_numbers or len(digits) > 1 or _is_amount(text, found):
+            if self.all_numbers or found.stop - found.start > 1 or _is_amount(text, found):
                 yield found
 
 
@@ -119,6 +155,26 @@ def iban_is_valid(iban: str) -> bool:
 def iban_remainder(plain: str) -> int:
     """Returns the mod-97 remainder of an IBAN without blanks."""
     return int("".join(str(int(letter, 36)) for letter in plain[4:] + plain[:4])) % 97
+
+
+def _near(pattern: re.Pattern[str], needs: Needs, digits: Digits, label: Format | Numeral) -> Iterator[Finding]:
+    for match in matches(pattern, needs, digits):
+        yield Finding(match.start(), match.end(), label)
+
+
+def _dates(digits: Digits) -> Iterator[tuple[int, int]]:
+    """Yields the spans of dates: they have four digits close to each other, or the name of a month beside a digit."""
+    if digits.dense(4, 10) or (digits.places and any(month in digits.text for month in MONTHS)):
+        for match in DATE.finditer(digits.text):
+            yield match.span()
+
+
+def _without_case(text: str) -> str:
+    """Returns `text` in lower case, with the letters that an expression without case takes for i, k and s."""
+    lower = text.lower()
+    if lower.isascii():
+        return lower
+    return lower.replace("\u0307", "").replace("\u0131", "i").replace("\u017f", "s")
 
 
 def _all(pattern: re.Pattern[str], text: str, label: Format | Numeral) -> Iterator[Finding]:

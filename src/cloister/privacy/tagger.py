@@ -56,20 +56,23 @@ WEAK: Final = frozenset({Kind.FIRST_NAME, Kind.LAST_NAME, Kind.CITY, Kind.COUNTR
 """Kinds whose entries in a list count only with a capital."""
 
 
-@dataclass(frozen=True)
 class _Word:
-    text: str
-    start: int
-    stop: int
-    begins: bool
+    """A word of a text; what is only asked of a few of them is worked out then."""
+
+    __slots__ = ("_whole", "capital", "plain", "start", "stop", "text")
+
+    def __init__(self, match: re.Match[str]) -> None:
+        self._whole = match.string
+        self.text = match.group()
+        self.start, self.stop = match.span()
+        self.capital = self.text[0].isupper()
+        bare = POSSESSIVE.sub("", self.text) if "'" in self.text or "’" in self.text else self.text
+        self.plain = bare.rstrip(".").lower()
 
     @property
-    def plain(self) -> str:
-        return POSSESSIVE.sub("", self.text).rstrip(".").lower()
-
-    @property
-    def capital(self) -> bool:
-        return self.text[:1].isupper()
+    def begins(self) -> bool:
+        """Whether it begins a sentence."""
+        return _SENTENCE_END.search(self._whole[max(0, self.start - 8) : self.start]) is not None
 
 
 @dataclass(frozen=True)
@@ -89,28 +92,20 @@ class Tagger:
 
     def find(self, text: str) -> list[Finding]:
         """Returns the entities of `text`."""
-        words = [
-            _Word(
-                match.group(),
-                match.start(),
-                match.end(),
-                bool(_SENTENCE_END.search(text[max(0, match.start() - 8) : match.start()])),
-            )
-            for match in _TOKEN.finditer(text)
-        ]
+        words = [_Word(match) for match in _TOKEN.finditer(text)]
         found: list[Finding] = []
         index = 0
         while index < len(words):
-            run = self._run(text, words, index)
+            word = words[index]
+            run = self._run(text, words, index) if word.capital else []
             if run:
                 found += self._entity(words, index, run)
                 index += len(run)
-            else:
-                word = words[index]
-                kind = self.lists.get(word.plain)
-                if kind is not None and kind not in WEAK and kind is not Kind.WORD:
-                    found.append(_finding(word, word, kind))
-                index += 1
+                continue
+            kind = self.lists.get(word.plain)
+            if kind is not None and kind not in WEAK and kind is not Kind.WORD:
+                found.append(_finding(word, word, kind))
+            index += 1
         return found
 
     def _run(self, text: str, words: list[_Word], index: int) -> list[_Word]:
