@@ -1,24 +1,28 @@
 """`cloister chat`: a conversation on the terminal."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
 from cloister.cli import options as o
+from cloister.cli import remote as r
 from cloister.cli.display import Display, human_bytes, stderr, stdout, summary_text
-from cloister.cli.session import cancellable, loaded, stream
-from cloister.errors import GenerationError
-from cloister.local.client import LLM
+from cloister.cli.receipts import ReceiptsOption, check_place, keep, keep_numbered
+from cloister.cli.session import cancellable, opened, stream
+from cloister.errors import CloisterError, GenerationError, SettingsError
+from cloister.local.client import LLM, Reply
+from cloister.local.remote import RemoteLLM
 
 HELP = (
-    "/reset forgets the conversation · /adapter NAME switches (base: none) · /status shows the totals · /exit or Ctrl-D "
-    "leaves · Ctrl-C stops an answer"
+    "/reset forgets the conversation · /adapter NAME switches (base: none) · /status shows the totals · /receipt FILE keeps "
+    "the last answer's receipt · /exit or Ctrl-D leaves · Ctrl-C stops an answer"
 )
 
 
 def chat(
-    model: o.ModelArgument,
+    model: r.ModelArgument = None,
     system: Annotated[str | None, typer.Option("--system", help="Instructions for the model.")] = None,
     max_tokens: o.TokensOption = None,
     temperature: o.TemperatureOption = None,
@@ -43,12 +47,22 @@ def chat(
     context: o.ContextOption = None,
     adapter: o.AdapterOption = None,
     use: o.UseOption = None,
+    connect: r.ConnectOption = None,
+    verify_policy: r.VerifyPolicyOption = None,
+    measurement: r.MeasurementOption = None,
+    root: r.RootsOption = None,
+    model_root: r.ModelRootOption = None,
+    receipts: ReceiptsOption = None,
     quiet: o.QuietOption = False,
 ) -> None:
     """Talk to a model. Earlier turns stay in the enclave's KV cache; Ctrl-C stops an answer, not the session.
 
     [bold]cloister chat ~/models/Llama-3.2-1B-Instruct[/bold]
+
+    With --connect the model runs in an enclave elsewhere ([bold]cloister serve[/bold]). It is verified before anything of a
+    prompt leaves. Every answer comes with a receipt: --receipts keeps them all, and /receipt FILE the last one.
     """
+    there = r.elsewhere(model, connect, verify_policy, measurement, root, model_root)
     plan = o.PlanOptions(policy, threat, rules, insecure)
     runtime = o.RuntimeOptions(
         file, weights, plan, addresses, workers, backend, pantry, when_empty, prefill, on_failure, timeout, context
@@ -56,8 +70,8 @@ def chat(
     sampling = o.sampling(max_tokens, temperature, top_k, top_p, min_p, seed, None)
     display = Display(quiet)
     adapters = o.adapters(adapter)
-    voice = o.adapter_in_use(use, adapters)
-    with loaded(model, runtime.settings(), display, adapters=adapters) as llm:
+    voice = r.voice(use) if there else o.adapter_in_use(use, adapters)
+    with opened(model, there, runtime.settings(), display, adapters, receipts=receipts is not None) as llm:
         if not _has_template(llm, voice):
             llm.chat([{"role": "user", "content": "?"}], adapter=voice).text  # noqa: B018 - raises the error with its remedy
         if not quiet:
@@ -69,7 +83,7 @@ def chat(
             stderr().print(Text(HELP, style="dim"))
             for line in adapter_texts(llm, voice):
                 stderr().print(line)
-        Conversation(llm, display, sampling, system, quiet, voice).run()
+        Conversation(llm, display, sampling, system, quiet, voice, receipts).run()
 
 
 class Conversation:
@@ -77,14 +91,17 @@ class Conversation:
 
     def __init__(
         self,
-        llm: LLM,
+        llm: LLM | RemoteLLM,
         display: Display,
         sampling: dict[str, Any],
         system: str | None,
         quiet: bool,
         adapter: str = "",
+        receipts: Path | None = None,
     ) -> None:
         self._adapter = adapter
+        self._receipts = receipts
+        self._last: Reply | None = None
         self._llm = llm
         self._display = display
         self._sampling = sampling
@@ -109,13 +126,32 @@ class Conversation:
             if command == "/reset":
                 self._turns = list(self._start)
             elif command == "/status":
-                stderr().print_json(data=_plain(self._llm))
+                self._status()
+            elif command.split()[:1] == ["/receipt"]:
+                self._keep(command.removeprefix("/receipt").strip())
             elif command == "/help":
                 stderr().print(HELP)
             elif command.split()[:1] == ["/adapter"]:
                 self._switch(command.removeprefix("/adapter").strip())
             elif command:
                 self._answer(line)
+
+    def _status(self) -> None:
+        if isinstance(self._llm, RemoteLLM):
+            stderr().print("The totals of an enclave elsewhere are not shown to its clients.")
+        else:
+            stderr().print_json(data=_plain(self._llm))
+
+    def _keep(self, name: str) -> None:
+        """Writes the receipt of the last answer."""
+        try:
+            if self._last is None or not name:
+                raise SettingsError("There is nothing to keep.", remedy="After an answer: /receipt FILE")
+            check_place(Path(name))
+            keep(self._last, Path(name))
+            stderr().print(Text(f"Receipt kept in {name}.", style="dim"))
+        except CloisterError as error:
+            stderr().print(Text(f"error: {error}", style="bold red"))
 
     def _switch(self, name: str) -> None:
         """Makes the adapter called `name` answer from now on, `base` for none; without a name, lists them."""
@@ -140,11 +176,14 @@ class Conversation:
             stderr().print(f"[bold red]error:[/bold red] {error}")
             return
         self._turns = [*turns, {"role": "assistant", "content": reply.text}]
+        self._last = reply
+        if self._receipts is not None:
+            keep_numbered(reply, self._receipts)
         if reply.finished is not None and not self._quiet:
             stderr().print(summary_text(reply.finished))
 
 
-def adapter_texts(llm: LLM, in_use: str) -> list[Text]:
+def adapter_texts(llm: LLM | RemoteLLM, in_use: str) -> list[Text]:
     """Returns a line for each adapter that is loaded, and one for the base; none if there is no adapter."""
     if not llm.info.adapters:
         return []
@@ -156,7 +195,7 @@ def adapter_texts(llm: LLM, in_use: str) -> list[Text]:
     return lines
 
 
-def _has_template(llm: LLM, adapter: str) -> bool:
+def _has_template(llm: LLM | RemoteLLM, adapter: str) -> bool:
     own = [info.has_chat_template for info in llm.info.adapters if info.name == adapter]
     return own[0] if own else llm.info.has_chat_template
 

@@ -2,28 +2,23 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import typer
 
 from cloister.cli import options as o
+from cloister.cli import receipts
 from cloister.cli import remote as r
 from cloister.cli.display import Display, stderr, summary_text
-from cloister.cli.session import cancellable, loaded, stream
-from cloister.errors import RequestError, SettingsError
+from cloister.cli.session import cancellable, opened, stream
+from cloister.errors import RequestError
 from cloister.local.client import LLM, Reply
-from cloister.local.remote import RemoteLLM, RemoteReply
-from cloister.settings import Settings
+from cloister.local.remote import RemoteLLM
 
 
 def generate(
-    model: Annotated[
-        Path | None, typer.Argument(help="Folder of a Hugging Face model (config.json, safetensors, tokenizer.json).")
-    ] = None,
+    model: r.ModelArgument = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Text to continue; '-' or a pipe: standard input.")
     ] = None,
@@ -59,7 +54,7 @@ def generate(
     measurement: r.MeasurementOption = None,
     root: r.RootsOption = None,
     model_root: r.ModelRootOption = None,
-    receipt: r.ReceiptOption = None,
+    receipt: receipts.ReceiptOption = None,
     quiet: o.QuietOption = False,
     as_json: o.JsonOption = False,
 ) -> None:
@@ -68,46 +63,30 @@ def generate(
     [bold]cloister generate ~/models/tinyllama -p "Once upon a time" -n 100[/bold]
 
     With --connect the model runs in an enclave elsewhere ([bold]cloister serve[/bold]). It is verified before anything of the
-    prompt leaves, and its answer comes with a receipt.
+    prompt leaves. Every answer comes with a receipt: --receipt keeps it, and [bold]cloister verify[/bold] checks it.
     """
-    remote_only = (verify_policy, measurement, root, model_root, receipt)
-    if (model is None) == (connect is None):
-        raise SettingsError("It must be said what answers.", remedy="Give either MODEL or --connect HOST:PORT.")
-    if connect is None and any(value is not None for value in remote_only):
-        raise SettingsError("Options of --connect were given without it.", remedy="Add --connect HOST:PORT.")
+    there = r.elsewhere(model, connect, verify_policy, measurement, root, model_root)
     plan = o.PlanOptions(policy, threat, rules, insecure)
     runtime = o.RuntimeOptions(
         file, weights, plan, addresses, workers, backend, pantry, when_empty, prefill, on_failure, timeout, context
     )
+    receipts.check_place(receipt)
     text = _prompt(prompt)
     sampling = o.sampling(max_tokens, temperature, top_k, top_p, min_p, seed, stop)
     display = Display(quiet or as_json)
     adapters = o.adapters(adapter)
-    remote_voice = "" if use in (None, "base") else str(use)
-    voice = remote_voice if connect is not None else o.adapter_in_use(use, adapters)
-
-    @contextmanager
-    def opened() -> Iterator[LLM | RemoteLLM]:
-        if connect is not None:
-            if runtime.settings() != Settings() or adapters:
-                raise SettingsError(
-                    "How the model runs is the server's choice.", remedy="Give these to cloister serve."
-                )
-            with r.connected(connect, verify_policy, measurement, root, model_root) as there:
-                yield there
-        elif model is not None:
-            with loaded(model, runtime.settings(), display, adapters=adapters) as here:
-                yield here
-
-    with opened() as llm:
+    voice = r.voice(use) if there else o.adapter_in_use(use, adapters)
+    with opened(model, there, runtime.settings(), display, adapters, receipts=receipt is not None) as llm:
         with cancellable(llm):
             reply = _ask(llm, text, chat, voice, sampling)
             if as_json:
                 print(json.dumps(_record(reply, display)))
             else:
                 stream(reply, display, quiet)
-        if receipt is not None and isinstance(reply, RemoteReply) and reply.receipt is not None:
-            r.save(reply.receipt, receipt)
+        if receipt is not None:
+            receipts.keep(reply, receipt)
+            if not quiet:
+                receipts.tell(receipt, there.trust if there else receipts.own_trust(reply))
         if reply.finished is not None and not quiet and not as_json:
             stderr().print(summary_text(reply.finished))
 

@@ -1,7 +1,6 @@
-"""What the commands share that talk to an enclave elsewhere: whom to expect, saving receipts."""
+"""What the commands share that talk to an enclave elsewhere: whom to expect."""
 
-import os
-import secrets
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,10 +12,12 @@ from cloister.errors import SettingsError
 
 if TYPE_CHECKING:
     from cloister.attest.policy import Policy
-    from cloister.attest.receipt import Receipt
     from cloister.attest.roots import Roots
     from cloister.local.remote import RemoteLLM
 
+ModelArgument = Annotated[
+    Path | None, typer.Argument(help="Folder of a Hugging Face model (config.json, safetensors, tokenizer.json).")
+]
 ConnectOption = Annotated[
     str | None,
     typer.Option("--connect", help="HOST:PORT of a cloister serve, instead of a MODEL here. It is verified first."),
@@ -39,69 +40,91 @@ ModelRootOption = Annotated[
     list[str] | None,
     typer.Option("--model-root", help="With --connect: identity of a sealed model that it must be (repeatable)."),
 ]
-ReceiptOption = Annotated[
-    Path | None, typer.Option("--receipt", help="With --connect: file for the receipt of the answer.")
-]
 
 
-def connected(
-    address: str,
+@dataclass(frozen=True)
+class Elsewhere:
+    """An enclave elsewhere, and what the command line says of it."""
+
+    address: str
+    policy: Path | None
+    measurements: tuple[str, ...]
+    roots: tuple[str, ...]
+    model_roots: tuple[str, ...]
+
+    def connected(self) -> "RemoteLLM":
+        """Returns the model there, verified under what the command line states.
+
+        Raises:
+            SettingsError: it states nothing, or something impossible. What `cloister.connect` raises is raised too.
+        """
+        from cloister.attest.evidence import Kind
+        from cloister.local.remote import MEASURED, RemoteLLM
+
+        expected, trusted = self._expected()
+        wanted = frozenset(_hex(text, "--model-root") for text in self.model_roots) or MEASURED
+        kinds: set[Kind | None] = set()
+        llm = RemoteLLM(self.address, expected, trusted, wanted, on_verdict=lambda verdict: kinds.add(verdict.kind))
+        if Kind.SIM in kinds:
+            stderr().print(
+                "[bold yellow]The enclave is a software stand-in: no hardware protects the prompt there.[/bold yellow]"
+            )
+        if llm.info.warning:
+            stderr().print(Text(llm.info.warning, style="bold red"))
+        return llm
+
+    @property
+    def trust(self) -> str:
+        """The options with which `cloister verify` expects and believes the same."""
+        stated = [f"--policy {self.policy}"] if self.policy is not None else []
+        stated += [f"--root {text}" for text in self.roots] + [f"--measurement {text}" for text in self.measurements]
+        return " ".join([*stated, *(f"--model-root {text}" for text in self.model_roots)])
+
+    def _expected(self) -> "tuple[Policy, Roots]":
+        from cloister.attest import policy_file
+        from cloister.attest.evidence import Skip
+        from cloister.local.remote import NO_POLICY
+
+        if self.policy is None:
+            if not (self.measurements and self.roots):
+                raise SettingsError("Nothing says which enclave to expect, so nothing is sent.", remedy=NO_POLICY)
+            return _stand_in(self.measurements, self.roots)
+        if self.measurements or self.roots:
+            raise SettingsError(
+                "--measurement and --root were given with --verify-policy.", remedy="State them in the file."
+            )
+        found = policy_file.read(self.policy, Skip("set for each connection"))
+        return found.policy, found.roots
+
+
+def elsewhere(
+    model: Path | None,
+    address: str | None,
     policy: Path | None,
     measurements: list[str] | None,
     roots: list[str] | None,
     model_roots: list[str] | None,
-) -> "RemoteLLM":
-    """Returns the model in the enclave at `address`, verified under what the command line states.
+) -> Elsewhere | None:
+    """Returns the enclave that --connect names; None if a model here was named instead.
 
     Raises:
-        SettingsError: it states nothing, or something impossible. What `cloister.connect` raises is raised too.
+        SettingsError: neither or both were named, or options of --connect without it.
     """
-    from cloister.attest import policy_file
-    from cloister.attest.evidence import Kind, Skip
-    from cloister.local.remote import MEASURED, NO_POLICY, RemoteLLM
-
-    if policy is not None:
-        if measurements or roots:
-            raise SettingsError(
-                "--measurement and --root were given with --verify-policy.", remedy="State them in the file."
-            )
-        found = policy_file.read(policy, Skip("set for each connection"))
-        expected, trusted = found.policy, found.roots
-    elif measurements and roots:
-        expected, trusted = _stand_in(measurements, roots)
-    else:
-        raise SettingsError("Nothing says which enclave to expect, so nothing is sent.", remedy=NO_POLICY)
-    wanted = frozenset(_hex(text, "--model-root") for text in model_roots) if model_roots else MEASURED
-    kinds: set[Kind | None] = set()
-    llm = RemoteLLM(address, expected, trusted, wanted, on_verdict=lambda verdict: kinds.add(verdict.kind))
-    if Kind.SIM in kinds:
-        stderr().print(
-            "[bold yellow]The enclave is a software stand-in: no hardware protects the prompt there.[/bold yellow]"
-        )
-    if llm.info.warning:
-        stderr().print(Text(llm.info.warning, style="bold red"))
-    return llm
+    if (model is None) == (address is None):
+        raise SettingsError("It must be said what answers.", remedy="Give either MODEL or --connect HOST:PORT.")
+    if address is not None:
+        return Elsewhere(address, policy, tuple(measurements or ()), tuple(roots or ()), tuple(model_roots or ()))
+    if any(value is not None for value in (policy, measurements, roots, model_roots)):
+        raise SettingsError("Options of --connect were given without it.", remedy="Add --connect HOST:PORT.")
+    return None
 
 
-def save(receipt: "Receipt", path: Path) -> None:
-    """Writes a receipt, completely or not at all.
-
-    Raises:
-        SettingsError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(receipt.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise SettingsError(f"The receipt {path} cannot be written: {error.strerror}.") from error
+def voice(use: str | None) -> str:
+    """Returns the adapter of an enclave elsewhere that answers, as a request names it: empty for the base."""
+    return "" if use in (None, "base") else str(use)
 
 
-def _stand_in(measurements: list[str], roots: list[str]) -> "tuple[Policy, Roots]":
+def _stand_in(measurements: tuple[str, ...], roots: tuple[str, ...]) -> "tuple[Policy, Roots]":
     from cloister.seal.policy import parse_policy, stand_in_policy
 
     family, _, fingerprint = roots[0].partition("=")

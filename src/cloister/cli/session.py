@@ -9,6 +9,8 @@ from types import FrameType
 from rich.text import Text
 
 from cloister.cli.display import AnswerView, Display, stderr
+from cloister.cli.remote import Elsewhere
+from cloister.errors import SettingsError
 from cloister.local.client import LLM, Reply
 from cloister.local.remote import RemoteLLM
 from cloister.settings import Settings
@@ -22,14 +24,32 @@ def loaded(
     display: Display,
     rehearsal: Rehearsal | None = None,
     adapters: Mapping[str, Path] | None = None,
+    *,
+    receipts: bool = False,
 ) -> Iterator[LLM]:
-    """Yields the model, loaded with progress bars; closes it afterwards."""
+    """Yields the model, loaded with progress bars and, for `receipts`, measured; closes it afterwards."""
     with display.loading():
-        llm = LLM(model, settings, rehearsal=rehearsal, listener=display, adapters=adapters)
+        llm = LLM(model, settings, rehearsal=rehearsal, listener=display, adapters=adapters, receipts=receipts)
     with llm:
         if llm.info.warning:  # also with --quiet: nobody runs a baseline without being told
             stderr().print(Text(llm.info.warning, style="bold red"))
         yield llm
+
+
+@contextmanager
+def opened(
+    model: Path | None, there: Elsewhere | None, settings: Settings, display: Display, adapters: Mapping[str, Path],
+    *, receipts: bool,
+) -> Iterator[LLM | RemoteLLM]:  # fmt: skip
+    """Yields the model in a folder here, or in an enclave elsewhere, verified."""
+    if there is not None:
+        if settings != Settings() or adapters:
+            raise SettingsError("How the model runs is the server's choice.", remedy="Give these to cloister serve.")
+        with there.connected() as remote:
+            yield remote
+    elif model is not None:
+        with loaded(model, settings, display, adapters=adapters, receipts=receipts) as llm:
+            yield llm
 
 
 @contextmanager

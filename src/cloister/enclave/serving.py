@@ -22,7 +22,7 @@ from cloister.attest.evidence import Attester
 from cloister.attest.receipt import Checks
 from cloister.attest.session import prover
 from cloister.enclave.engine import Engine
-from cloister.enclave.receipts import AnswerReceipt, ReceiptSigner
+from cloister.enclave.receipts import AnswerReceipt, CheckCounter, ReceiptSigner, since
 from cloister.enclave.session import failure
 from cloister.errors import ChannelError, CloisterError, GenerationCancelled
 from cloister.wire.channel import AnswerSealer, ServerChannel
@@ -39,26 +39,20 @@ _TURN_SECONDS: Final = 0.1
 _FAILED: Final = Failure(
     "CloisterError", "The enclave failed.", "Ask again; the enclave's log names the kind of error."
 )
-_TOTALS: Final = (
-    "products", "enclave_products", "rows", "bytes_sent", "bytes_received", "pads_made_late", "blind_seconds", "lent_seconds",
-    "recover_seconds", "enclave_seconds", "cpu_seconds",
-)  # fmt: skip
 
 
 class SealedService:
     """Answers remote clients with one engine."""
 
     def __init__(
-        self, engine: Engine, ready: Ready, attester: Attester, *, checks: int, refused: Callable[[], int],
-        idle_seconds: float = IDLE_SECONDS,
+        self, engine: Engine, ready: Ready, attester: Attester, counter: CheckCounter, *, idle_seconds: float = IDLE_SECONDS
     ) -> None:  # fmt: skip
-        """`ready` says what runs; `checks` of each product were made; `refused` returns how many answers failed so far."""
+        """`ready` says what runs; `counter` counts the checks of an answer."""
         self._engine = engine
         self._ready = ready
         self._prove = prover(attester)
         self._signer = ReceiptSigner(attester.kind.value)
-        self._checks = checks
-        self._refused = refused
+        self._counter = counter
         self._idle = idle_seconds
         self._turn = threading.Lock()
         self._cached_for: SealedServer | None = None
@@ -109,23 +103,17 @@ class SealedService:
             if said is not None:
                 raise ChannelError("A request arrived while another was being answered.")
 
-        products = Checks(products=0, enclave_products=0, refused=0, checks_per_product=self._checks)
+        checks = self._counter.nothing()
         try:
             with self._own_turn(server, check):
-                before, refused = self._engine.meter(), self._refused()
+                before, counted = self._engine.meter(), self._counter.start()
                 try:
                     for delta in self._engine.generate(
                         request, check, lambda finished: answer.give(_own_figures(finished, before))
                     ):
                         answer.give(delta)
                 finally:
-                    made = since(before, self._engine.meter())
-                    products = Checks(
-                        products=made.products,
-                        enclave_products=made.enclave_products,
-                        refused=self._refused() - refused,
-                        checks_per_product=self._checks,
-                    )
+                    checks = counted()
         except ChannelError:
             raise
         except CloisterError as error:
@@ -133,7 +121,7 @@ class SealedService:
         except Exception as error:  # no detail leaves: it may hold a prompt
             _log("an answer", error)
             answer.give(_FAILED)
-        return products
+        return checks
 
     @contextmanager
     def _own_turn(self, server: SealedServer, check: Callable[[], None]) -> Iterator[None]:
@@ -187,11 +175,6 @@ class _Answer:
                     self._server.send(frame)
                 except ChannelError:
                     self.broken = True
-
-
-def since(before: Meter, after: Meter) -> Meter:
-    """Returns totals without those of before."""
-    return msgspec.structs.replace(after, **{name: getattr(after, name) - getattr(before, name) for name in _TOTALS})
 
 
 def _own_figures(finished: Finished, before: Meter) -> Finished:

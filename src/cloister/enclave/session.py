@@ -1,20 +1,26 @@
 """The enclave's end of a session: reads requests, runs the engine, sends pieces of text and figures.
 
-Covers: one client, one generation at a time, cancelling between tokens, every failure as a message.
+Covers: one client, one generation at a time, cancelling between tokens, receipts when asked for, every failure as a message.
 Guarantees: a request that does not decode or is refused is answered with a Failure and changes nothing. Failures carry
 the class, text and remedy of an error of `cloister.errors`; anything unexpected is reported without its details.
 """
 
+import hashlib
 import select
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
+
 from cloister.enclave.engine import Engine
 from cloister.enclave.outsource import Incident
+from cloister.enclave.receipts import SessionReceipts
 from cloister.errors import CloisterError, GenerationCancelled, RequestError, WireError
 from cloister.wire.session import (
+    AskOffer,
+    AskReceipt,
     AskSightings,
     AskStatus,
     Cancel,
@@ -22,8 +28,10 @@ from cloister.wire.session import (
     Failure,
     Finished,
     Generate,
+    Offered,
     SessionSocket,
     Sightings,
+    Signed,
     StatusReport,
     ToEnclave,
 )
@@ -38,6 +46,7 @@ class Session:
 
     socket: SessionSocket
     engine: Engine
+    receipts: SessionReceipts
     sightings: Callable[[], Sightings] | None = None
 
     def serve(self) -> None:
@@ -63,6 +72,11 @@ class Session:
                 self._generate(message)
             case AskStatus():
                 self.socket.send(StatusReport(self.engine.meter()))
+            case AskOffer():
+                self.socket.send(Offered(self.receipts.offer(message.hello)))
+            case AskReceipt():
+                signed = self.receipts.sign(message.request, message.response)
+                self.socket.send(Signed(msgspec.msgpack.encode(signed)))
             case AskSightings():
                 if self.sightings is None:
                     raise RequestError("Nothing is recorded.", remedy="Open the model with rehearsal.observe.")
@@ -74,14 +88,18 @@ class Session:
 
     def _generate(self, request: Generate) -> None:
         reported = time.monotonic()
-        for delta in self.engine.generate(request, self._check_cancelled, self._finish):
-            self.socket.send(delta)
+        asked, answer = hashlib.sha256(self.socket.received), hashlib.sha256()
+        counted = self.receipts.counter.start()
+
+        def finish(finished: Finished) -> None:
+            answer.update(self.socket.send(finished))
+            self.receipts.note(asked.digest(), answer.digest(), counted())
+
+        for delta in self.engine.generate(request, self._check_cancelled, finish):
+            answer.update(self.socket.send(delta))
             if (now := time.monotonic()) - reported >= REPORT_SECONDS:
                 reported = now
                 self.socket.send(StatusReport(self.engine.meter()))
-
-    def _finish(self, finished: Finished) -> None:
-        self.socket.send(finished)
 
     def _check_cancelled(self) -> None:
         """Raises `GenerationCancelled` when the client asked to stop, or is gone."""

@@ -1,6 +1,6 @@
 """The Python API: `cloister.load(directory)` starts an enclave process and returns a model to talk to.
 
-Covers: starting and stopping the enclave process, asking for text, streaming it, cancelling.
+Covers: starting and stopping the enclave process, asking for text, streaming it, cancelling, receipts of answers.
 Does not cover: protection of the prompt inside this process: whoever runs it sees the prompt, as any client does.
 The enclave process on a plain machine is a software stand-in: it is separate, but not protected from the host.
 """
@@ -10,16 +10,19 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, TypeVar
 
 import msgspec
 
 from cloister import errors
-from cloister.errors import CloisterError, EnclaveLostError, RequestError
+from cloister.attest.receipt import Receipt
+from cloister.errors import AttesterError, CloisterError, EnclaveLostError, RequestError
 from cloister.isolation.bubblewrap import start
 from cloister.local.broker_link import BrokerLink, stand_in_file
+from cloister.local.receipts import LocalReceipts, Record
 from cloister.local.sandbox import enclave_command, enclave_confinement
 from cloister.local.workers import WorkerStarter
 from cloister.seal.package import is_package
@@ -34,6 +37,7 @@ from cloister.wire.session import (
     Finished,
     FromEnclave,
     Generate,
+    Offered,
     Open,
     Progress,
     Ready,
@@ -41,6 +45,7 @@ from cloister.wire.session import (
     Sampling,
     SessionSocket,
     Sightings,
+    Signed,
     StatusReport,
     ToEnclave,
     Turn,
@@ -53,11 +58,15 @@ KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "HOME", "TMPDIR", "NUMBA_CACHE_DIR",
 """Environment variables that the enclave process inherits; everything else stays outside."""
 
 
+Kind = TypeVar("Kind", StatusReport, Sightings, Offered, Signed)
+
+
 class Reply:
     """An answer being generated: iterate over it for pieces of text; afterwards `finished` holds the figures."""
 
-    def __init__(self, pieces: Iterator[Delta | Finished]) -> None:
+    def __init__(self, pieces: Iterator[Delta | Finished], record: Record) -> None:
         self._pieces = pieces
+        self._record = record
         self.finished: Finished | None = None
         self.token_ids: list[int] = []
         self._text: list[str] = []
@@ -84,6 +93,29 @@ class Reply:
             pass
         return "".join(self._text)
 
+    @property
+    def receipt(self) -> Receipt | None:
+        """The receipt, verified; None until the answer was read to its end.
+
+        Of an enclave of this machine it is got when it is first asked for, which needs the model to be open still.
+
+        Raises:
+            ReceiptError: it is not good. AttestationError, AdapterError: this enclave can give none; the error says why.
+        """
+        if self._record.receipt is None and self._record.ask is not None:
+            self._record.receipt = self._record.ask(self._record)
+        return self._record.receipt
+
+    @property
+    def request(self) -> bytes:
+        """The request as it left this program: the receipt holds its SHA-256."""
+        return self._record.request
+
+    @property
+    def response(self) -> bytes:
+        """All pieces of the answer, one after the other: the receipt holds their SHA-256."""
+        return self._record.response
+
 
 class LLM:
     """A model that runs in an enclave process. Use it as a context manager, or call `close`."""
@@ -97,16 +129,20 @@ class LLM:
         listener: Listener | None = None,
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
         connections: socket.socket | None = None,
+        receipts: bool = False,
     ) -> None:
-        """Starts the enclave. With `connections` it serves the clients whose sockets arrive there, not this object."""
+        """Starts the enclave. With `connections` it serves the clients whose sockets arrive there, not this object.
+
+        With `receipts` it is measured now, and not when the first receipt is asked for.
+        """
         settings = settings or Settings()
         model, named = _resolved(directory), {name: _resolved(path) for name, path in (adapters or {}).items()}
         sealed = is_package(Path(model))
-        stand_in = [stand_in_file()] if sealed or connections is not None else []
+        stand_in = _stand_in(needed=sealed or connections is not None)
         confinement = enclave_confinement([*(Path(path) for path in (model, *named.values())), *stand_in], settings)
         link = BrokerLink(settings.seal.broker) if sealed else None
         self._listener = listener
-        self._generating = False
+        self._generating = self._closed = False
         self._log: IO[bytes] = os.fdopen(
             os.memfd_create("cloister-enclave-log"), "w+b"
         )  # in memory: it may quote anything
@@ -134,6 +170,9 @@ class LLM:
         try:
             self._send(Open(model, plain_settings(settings), rehearsal or Rehearsal(), named))
             self.info = self._await_ready()
+            self._receipts = LocalReceipts(partial(self._ask, kind=Offered), partial(self._ask, kind=Signed))
+            if receipts:
+                self._receipts.open()
         except BaseException:
             self.close()
             raise
@@ -163,19 +202,11 @@ class LLM:
 
     def status(self) -> StatusReport:
         """Returns the running totals: products, bytes crossed, pads stocked. Not during a generation."""
-        self._idle()
-        self._send(AskStatus())
-        while not isinstance(message := self._receive(), StatusReport):
-            self._note(message)
-        return message
+        return self._ask(AskStatus(), StatusReport)
 
     def sightings(self) -> Sightings:
         """Returns what the accelerator has seen (loaded with `Rehearsal(observe=True)`). Not during a generation."""
-        self._idle()
-        self._send(AskSightings())
-        while not isinstance(message := self._receive(), Sightings):
-            self._note(message)
-        return message
+        return self._ask(AskSightings(), Sightings)
 
     def watch(self) -> None:
         """Passes on what an enclave that serves others reports, for as long as it lives.
@@ -188,6 +219,7 @@ class LLM:
 
     def close(self) -> None:
         """Ends the enclave process and its workers; harmless when already closed."""
+        self._closed = True
         self._generating = False  # a reply that is dropped later has nothing left to cancel
         self._session.close()
         try:
@@ -206,19 +238,30 @@ class LLM:
 
     def _generate(self, request: Generate) -> Reply:
         self._idle()
-        self._send(request)
+        record = Record(self._send(request))
         self._generating = True
-        return Reply(self._pieces())
+        return Reply(self._pieces(record), record)
 
-    def _pieces(self) -> Iterator[Delta | Finished]:
+    def _ask(self, question: ToEnclave, kind: type[Kind]) -> Kind:
+        self._idle()
+        self._send(question)
+        while not isinstance(message := self._receive(), kind):
+            self._note(message)
+        return message
+
+    def _pieces(self, record: Record) -> Iterator[Delta | Finished]:
         ended = False
+        pieces: list[bytes] = []
         try:
             while True:
                 message = self._receive()
                 if isinstance(message, Delta):
+                    pieces.append(self._session.received)
                     yield message
                 elif isinstance(message, Finished):
                     self._generating, ended = False, True
+                    record.response = b"".join((*pieces, self._session.received))
+                    record.ask = self._receipts.receipt
                     yield message
                     return
                 else:
@@ -232,6 +275,8 @@ class LLM:
     def _idle(self) -> None:
         if self._generating:
             raise RequestError("An answer is still being generated.", remedy="Read it to its end, or call cancel.")
+        if self._closed:
+            raise RequestError("The model was closed.", remedy="Ask it before its end: of receipts, too.")
 
     def _await_ready(self) -> Ready:
         while not isinstance(message := self._receive(), Ready):
@@ -242,9 +287,9 @@ class LLM:
         if self._listener is not None and isinstance(message, Progress | Event | StatusReport):
             self._listener(message)
 
-    def _send(self, message: ToEnclave) -> None:
+    def _send(self, message: ToEnclave) -> bytes:
         try:
-            self._session.send(message)
+            return self._session.send(message)
         except errors.WireError as error:
             raise (self._lost() if isinstance(error.__cause__, OSError) else error) from error
 
@@ -282,16 +327,18 @@ def load(
     *,
     listener: Listener | None = None,
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    receipts: bool = False,
 ) -> LLM:
     """Returns the model in a Hugging Face directory, running in an enclave process with its accelerators.
 
     `adapters`: directories of PEFT LoRA adapters of this model, by the name that a request chooses one with.
+    `receipts`: measure the program and the model now, and not when the first receipt is asked for (`reply.receipt`).
 
     Raises:
         ModelError: the directory is not a usable model; the error names file and remedy.
         AdapterError: an adapter is not usable, or belongs to another base.
     """
-    return LLM(directory, settings, listener=listener, adapters=adapters)
+    return LLM(directory, settings, listener=listener, adapters=adapters, receipts=receipts)
 
 
 def chat_request(messages: Sequence[Mapping[str, str]], adapter: str, sampling: dict[str, object]) -> Generate:
@@ -307,6 +354,16 @@ def chat_request(messages: Sequence[Mapping[str, str]], adapter: str, sampling: 
 def prompt_request(prompt: str, adapter: str, sampling: dict[str, object]) -> Generate:
     """Returns the request for a continuation; raises `RequestError` if it is invalid."""
     return Generate(_sampling(sampling), prompt=prompt, adapter=adapter)
+
+
+def _stand_in(*, needed: bool) -> list[Path]:
+    """Returns the file of the stand-in's keys, or nothing where it cannot be kept and no more than receipts depends on it."""
+    try:
+        return [stand_in_file()]
+    except AttesterError:
+        if needed:
+            raise
+        return []
 
 
 def _resolved(path: str | os.PathLike[str]) -> str:

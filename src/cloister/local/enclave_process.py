@@ -26,15 +26,16 @@ from cloister.enclave.adapters import load_adapter
 from cloister.enclave.engine import Engine
 from cloister.enclave.outsource import Incident
 from cloister.enclave.prepare import prepare
+from cloister.enclave.receipts import CheckCounter, SessionReceipts
 from cloister.enclave.serving import SealedService
 from cloister.enclave.session import Session, failure, report
-from cloister.errors import AcceleratorError, AdapterError, CloisterError, WireError
+from cloister.errors import AcceleratorError, AdapterError, AttesterError, CloisterError, WireError
 from cloister.isolation.launch import applied
 from cloister.isolation.secret_memory import keys_at_rest
 from cloister.local.accelerators import open_accelerators
 from cloister.local.assembly import assemble, outside, register, release
 from cloister.local.connections import Connections
-from cloister.local.opening import Opened, Owner, open_asked, stand_in
+from cloister.local.opening import Owner, open_asked, stand_in
 from cloister.local.voices import describe, voice_of
 from cloister.local.workbench import chosen_plan
 from cloister.local.workers import StartWorker, asking
@@ -63,8 +64,6 @@ def rehearse(accelerators: Sequence[Accelerator], rehearsal: Rehearsal) -> tuple
 class Serving:
     """What it takes to serve remote clients."""
 
-    attester: Callable[[bytes], Attester]
-    """Given the measurement of this program, returns what proves that it runs here."""
     start: Callable[[Connections], None]
     """Told where connections go, once the model is open."""
     measurement: bytes = b""
@@ -80,9 +79,12 @@ class EnclaveProcess:
         start: StartWorker = SharedMemoryAccelerator.start,
         owner: Owner | None = None,
         serving: Serving | None = None,
+        attester: Callable[[bytes], Attester] | None = None,
     ) -> None:
+        """`attester`, given the measurement of this program, returns what proves that it runs here."""
         self._session = session
         self._serving = serving
+        self._attester = attester or _no_attester
         self._refused = 0
         self._owner = owner
         self._start = start
@@ -114,7 +116,9 @@ class EnclaveProcess:
         settings = asked = from_mapping(Settings, request.settings)
         checking = partial(self._progress, "checking the base", "tensors")
         opened = open_asked(Path(request.model), request.adapters, settings, self._owner, checking)
-        attester, measurement = self._attester(opened, request, asked)
+        measured = partial(self._measured, opened.root, request, asked)
+        measurement = measured() if self._serving is not None else b""
+        attester = self._attester(measurement) if self._serving is not None else None
         directory, adapters, settings = opened.directory, opened.adapters, opened.settings
         spec = directory.spec
         rank = max((rank for adapter in adapters for rank in adapter.ranks.values()), default=0)
@@ -126,7 +130,7 @@ class EnclaveProcess:
         source, team = PadSource(), Team(usable_cores())
         model = prepare(
             directory.checkpoint, spec, settings.blinding, source, team=team,
-            progress=lambda stage, done, total: self._session.send(Progress(stage, done, total, "weights")),
+            progress=lambda stage, done, total: self._progress(stage, "weights", done, total),
             secret=plan.secret_groups if isinstance(plan, Plan) else (),
         )  # fmt: skip
         loaded = [load_adapter(adapter, model, directory.checkpoint, settings.blinding) for adapter in adapters]
@@ -164,16 +168,20 @@ class EnclaveProcess:
             measurement=measurement.hex(),
             model_root=opened.root.hex(),
         )
+        counter = CheckCounter(engine.meter, settings.blinding.checks, lambda: self._refused)
         if self._serving is not None and attester is not None:
-            service = SealedService(
-                engine, ready, attester, checks=settings.blinding.checks, refused=lambda: self._refused
-            )
+            service = SealedService(engine, ready, attester, counter)
             self._serving.start(connections := Connections(service.serve))
             self._session.send(ready)
             return partial(self._wait, connections)
-        serve = Session(self._session, engine, partial(sightings, observer) if observer is not None else None).serve
+        receipts = SessionReceipts(
+            measured, self._attester, counter, model_root=opened.root, plan=bytes.fromhex(ready.plan)
+        )
+        session = Session(
+            self._session, engine, receipts, partial(sightings, observer) if observer is not None else None
+        )
         self._session.send(ready)
-        return serve
+        return session.serve
 
     def _wait(self, connections: Connections) -> None:
         """Lets remote clients be served until the launcher is gone."""
@@ -181,16 +189,13 @@ class EnclaveProcess:
             while self._session.receive_to_enclave() is not None:
                 pass
 
-    def _attester(self, opened: Opened, request: Open, asked: Settings) -> tuple[Attester | None, bytes]:
-        """Returns what signs evidence for remote clients, and the measurement of this program; nothing where there are none."""
-        if self._serving is None:
-            return None, b""
+    def _measured(self, root: bytes, request: Open, asked: Settings) -> bytes:
+        """Returns the measurement of this program with the model; `root` is that of a sealed one."""
         if request.adapters:
             raise AdapterError("Adapters in other folders are not measured.", remedy="Seal them with the model.")
-        measured = self._serving.measurement
-        if not measured:
-            measured = measure(this_program(asked, model=opened.root or Path(request.model))).digest
-        return self._serving.attester(measured), measured
+        if self._serving is not None and self._serving.measurement:
+            return self._serving.measurement
+        return measure(this_program(asked, model=root or Path(request.model))).digest
 
     def _incident(self, incident: Incident) -> None:
         self._refused += 1
@@ -222,26 +227,30 @@ def _inherited(number: str) -> socket.socket:
     return socket.socket(fileno=int(number))
 
 
-def _handed(connections: socket.socket, keys: Path) -> Serving:
-    """Returns what serves clients whose sockets arrive on `connections`, with a stand-in."""
-    return Serving(stand_in(keys), lambda made: made.take(connections))
+def _no_attester(_measurement: bytes) -> Attester:
+    raise AttesterError(
+        "This enclave has no keys to prove anything with.",
+        remedy="Let ~/.local/share/cloister be writable, or set XDG_DATA_HOME to a folder that is.",
+    )
 
 
 def main() -> int:
     """Runs the enclave process on inherited sockets, and returns the exit code.
 
     `--session`, `--launcher`: descriptors of their sockets. `--broker`: of a socket connected to the owner's broker, for a sealed
-    model. `--connections`: of the socket over which clients' connections come. `--stand-in`: file of the stand-in's keys.
+    model. `--connections`: of the socket over which clients' connections come. `--stand-in`: file of the stand-in's keys;
+    without it this enclave gives no receipts.
     """
     parser = argparse.ArgumentParser()
     for name in ("session", "launcher", "broker", "connections"):
         parser.add_argument(f"--{name}", type=_inherited)
     parser.add_argument("--stand-in", type=Path)
     given = parser.parse_args()
-    owner = Owner(given.broker, stand_in(given.stand_in)) if given.broker else None
-    serving = _handed(given.connections, given.stand_in) if given.connections else None
+    attester = stand_in(given.stand_in) if given.stand_in else _no_attester
+    owner = Owner(given.broker, attester) if given.broker else None
+    serving = Serving(lambda made: made.take(given.connections)) if given.connections else None
     with given.session as sock, given.launcher as launcher:
-        process = EnclaveProcess(SessionSocket(sock), asking(launcher), owner, serving)
+        process = EnclaveProcess(SessionSocket(sock), asking(launcher), owner, serving, attester)
         try:
             process.run()
         except WireError:

@@ -8,7 +8,6 @@ Edge cases: a connection that ended between two answers is made and verified ane
 
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Final
@@ -23,6 +22,7 @@ from cloister.attest.session import checker
 from cloister.errors import ChannelError, RequestError, SettingsError
 from cloister.local.client import Reply, chat_request, error_of, prompt_request
 from cloister.local.confined import parse_address
+from cloister.local.receipts import Record
 from cloister.wire.channel_socket import SealedClient
 from cloister.wire.session import Answered, AskInfo, Cancel, Delta, Failure, Finished, Generate, Ready
 
@@ -34,38 +34,6 @@ NO_POLICY: Final = (
     "--verify-policy FILE, or as policy= and roots= in Python."
 )
 _CONNECT_SECONDS: Final = 30.0
-
-
-@dataclass
-class _Record:
-    """What is known of an answer; apart from the reply, so that a reply that nobody holds any more ends at once."""
-
-    request: bytes
-    response: bytes = b""
-    receipt: Receipt | None = None
-
-
-class RemoteReply(Reply):
-    """An answer from elsewhere."""
-
-    def __init__(self, pieces: Iterator[Delta | Finished], record: _Record) -> None:
-        super().__init__(pieces)
-        self._record = record
-
-    @property
-    def receipt(self) -> Receipt | None:
-        """The receipt, verified; None until the answer was read to its end."""
-        return self._record.receipt
-
-    @property
-    def request(self) -> bytes:
-        """The request as it was sealed: the receipt holds its hash."""
-        return self._record.request
-
-    @property
-    def response(self) -> bytes:
-        """All pieces of the answer, one after the other: the receipt holds their hash."""
-        return self._record.response
 
 
 class RemoteLLM:
@@ -86,7 +54,7 @@ class RemoteLLM:
         self._connected()
         self.info: Ready = self._ask_info()
 
-    def chat(self, messages: Sequence[Mapping[str, str]], *, adapter: str = "", **sampling: object) -> RemoteReply:
+    def chat(self, messages: Sequence[Mapping[str, str]], *, adapter: str = "", **sampling: object) -> Reply:
         """Returns the answer to a chat, as it is generated; arguments and errors as for `LLM.chat`, and:
 
         Raises:
@@ -95,7 +63,7 @@ class RemoteLLM:
         """
         return self._generate(chat_request(messages, adapter, sampling))
 
-    def generate(self, prompt: str, *, adapter: str = "", **sampling: object) -> RemoteReply:
+    def generate(self, prompt: str, *, adapter: str = "", **sampling: object) -> Reply:
         """Returns the continuation of `prompt`, as it is generated; arguments and errors as for `chat`."""
         return self._generate(prompt_request(prompt, adapter, sampling))
 
@@ -144,17 +112,17 @@ class RemoteLLM:
             raise
         return found[0]
 
-    def _generate(self, request: Generate) -> RemoteReply:
+    def _generate(self, request: Generate) -> Reply:
         if self._generating:
             raise RequestError("An answer is still being generated.", remedy="Read it to its end, or call cancel.")
         client = self._connected()
         encoded = msgspec.msgpack.encode(request)
         answer = client.ask(encoded)
         self._generating = True
-        record = _Record(encoded)
-        return RemoteReply(self._pieces(client, answer, record), record)
+        record = Record(encoded)
+        return Reply(self._pieces(client, answer, record), record)
 
-    def _pieces(self, client: SealedClient, answer: Iterator[bytes], record: _Record) -> Iterator[Delta | Finished]:
+    def _pieces(self, client: SealedClient, answer: Iterator[bytes], record: Record) -> Iterator[Delta | Finished]:
         pieces: list[bytes] = []
         ended = False
         try:
@@ -185,7 +153,7 @@ class RemoteLLM:
                 if self._client is client:
                     self.close()
 
-    def _receipt(self, client: SealedClient, answer: Iterator[bytes], record: _Record) -> Receipt:
+    def _receipt(self, client: SealedClient, answer: Iterator[bytes], record: Record) -> Receipt:
         last = next(answer, None)
         if last is None or next(answer, None) is not None:
             raise ChannelError("The answer does not end with a receipt.", remedy="Use the same version on both sides.")

@@ -36,8 +36,8 @@ class EnclaveServer:
         self._session = SessionSocket(ours)
         self._theirs = theirs
         self._connections: Connections | None = None
-        serving = Serving(attester, self._started, measurement)
-        self._process = EnclaveProcess(SessionSocket(theirs), owner=owner, serving=serving)
+        serving = Serving(self._started, measurement)
+        self._process = EnclaveProcess(SessionSocket(theirs), owner=owner, serving=serving, attester=attester)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         self._session.send(request)

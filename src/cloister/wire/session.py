@@ -87,6 +87,19 @@ class AskSightings(_Message, frozen=True):
     """Asks what the accelerator has seen so far (only with `Rehearsal.observe`)."""
 
 
+class AskOffer(_Message, frozen=True):
+    """Asks who answers, with a hello of the sealed channel: the answer is `Offered`."""
+
+    hello: bytes
+
+
+class AskReceipt(_Message, frozen=True):
+    """Asks for the signed statement about an answer of this session, by two SHA-256: the answer is `Signed`."""
+
+    request: bytes
+    response: bytes
+
+
 class AskInfo(_Message, frozen=True):
     """Asks, over the sealed channel, for what runs there: the answer is `Ready`."""
 
@@ -204,6 +217,18 @@ class Sightings(_Message, frozen=True, kw_only=True):
     uniform: bool
 
 
+class Offered(_Message, frozen=True):
+    """An offer of the sealed channel: the receipt key, what runs here, and evidence for both."""
+
+    offer: bytes
+
+
+class Signed(_Message, frozen=True):
+    """A statement about one answer, with its signature (`attest.receipt.SignedStatement`, encoded)."""
+
+    statement: bytes
+
+
 class Failure(_Message, frozen=True):
     """An error of the enclave: its class in `cloister.errors`, its text and its remedy."""
 
@@ -212,8 +237,8 @@ class Failure(_Message, frozen=True):
     remedy: str
 
 
-ToEnclave = Open | Generate | Cancel | AskStatus | AskSightings
-FromEnclave = Progress | Ready | Delta | Event | Finished | StatusReport | Sightings | Failure
+ToEnclave = Open | Generate | Cancel | AskStatus | AskSightings | AskOffer | AskReceipt
+FromEnclave = Progress | Ready | Delta | Event | Finished | StatusReport | Sightings | Offered | Signed | Failure
 
 Asked = Generate | Cancel | AskInfo
 """What a client asks inside the sealed channel."""
@@ -228,13 +253,15 @@ class SessionSocket:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        self.received = b""
+        """The message that was received last, as it came."""
         self._buffer = bytearray()
         self._encoder = msgspec.msgpack.Encoder()
         self._to_enclave = msgspec.msgpack.Decoder(ToEnclave)
         self._from_enclave = msgspec.msgpack.Decoder(FromEnclave)
 
-    def send(self, message: ToEnclave | FromEnclave) -> None:
-        """Sends one message.
+    def send(self, message: ToEnclave | FromEnclave) -> bytes:
+        """Sends one message; returns it as it left.
 
         Raises:
             WireError: it is too long, or the other end is gone.
@@ -248,6 +275,7 @@ class SessionSocket:
             self.sock.sendall(len(payload).to_bytes(4, "little") + payload)
         except OSError as error:
             raise WireError(f"The other end of the session is gone ({error}).") from error
+        return payload
 
     def receive_from_enclave(self) -> FromEnclave | None:
         """Returns the next message of the enclave, or None when it closed the session."""
@@ -278,9 +306,9 @@ class SessionSocket:
         if length > MAX_FRAME_BYTES:
             raise WireError(f"The other end announced {length} bytes; at most {MAX_FRAME_BYTES} are read.")
         self._fill(4 + length)
-        payload = bytes(self._buffer[4 : 4 + length])
+        self.received = bytes(self._buffer[4 : 4 + length])
         del self._buffer[: 4 + length]
-        return payload
+        return self.received
 
     def _fill(self, count: int) -> bool:
         """Reads until `count` bytes are buffered; returns False if the stream ended before the first of a message."""
