@@ -3,6 +3,7 @@
 import json
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import openai
 import pytest
@@ -10,16 +11,17 @@ import pytest
 from cloister.assets import demo_model
 from cloister.gateway.enclave_engine import EnclaveEngine
 from cloister.gateway.service import Gateway, GatewaySettings
-from cloister.local.client import LLM
+from cloister.local.own_enclave import OwnEnclave
 from tests.gateway.conftest import Running
 
 CHAT = [{"role": "user", "content": "Tell me a story about a fox and a kite."}]
 
 
 @pytest.fixture
-def running(serve: Callable[..., Running]) -> Iterator[Running]:
-    llm = LLM(demo_model())
-    yield serve(Gateway(EnclaveEngine(llm, "demo"), GatewaySettings(), None))  # the gateway closes it
+def running(serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Running]:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    enclave = OwnEnclave(demo_model())
+    yield serve(Gateway(EnclaveEngine(enclave, "demo"), GatewaySettings(), None))  # the gateway closes it
 
 
 def test_the_enclave_answers_openai_clients(running: Running) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PORT: Final = 8399
 LOOPBACK: Final = "127.0.0.1"
 ENCLAVE: Final = "enclave"
+CLOISTER: Final = "cloister://"
 
 
 class ModeOption(StrEnum):
@@ -40,12 +41,23 @@ class ModeOption(StrEnum):
 
 def gateway(
     engine: Annotated[
-        str, typer.Option("--engine", help="Address of a vLLM or other OpenAI-compatible server, or the word enclave.")
+        str,
+        typer.Option(
+            "--engine",
+            help="Address of a vLLM or other OpenAI-compatible server, the word enclave, or cloister://HOST:PORT.",
+        ),
     ],
     model: Annotated[
-        Path,
-        typer.Option("--model", help="Folder of the model that the engine serves: tokenizer, template, embeddings."),
-    ],
+        Path | None,
+        typer.Option(
+            "--model",
+            help="Folder of the model that the engine serves: tokenizer, template, embeddings. Not with cloister://.",
+        ),
+    ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option("--policy", help="With cloister://: TOML file that states which enclave is expected."),
+    ] = None,
     epsilon: Annotated[str, typer.Option("--epsilon", help="ε of one replacement: 0.5, 1, 2 or 4.")] = "2",
     budget: Annotated[float, typer.Option("--budget", help="ε of a whole session; then prompts are refused.")] = 16.0,
     session: Annotated[
@@ -105,7 +117,8 @@ def gateway(
     [bold]cloister gateway --engine http://gpu-host:8000 --model ~/models/Llama-3.2-1B-Instruct --epsilon 2[/bold]
 
     Then point any OpenAI client at http://127.0.0.1:8399/v1. With [bold]--engine enclave[/bold] the model runs in a Cloister
-    enclave on this machine instead, and prompts go to it as they are.
+    enclave on this machine instead, and prompts go to it as they are; with [bold]--engine cloister://HOST:PORT[/bold] and
+    [bold]--policy FILE[/bold] in one elsewhere, which is verified before anything leaves.
     """
     _check_installed()
     from cloister.gateway.service import Gateway, GatewaySettings
@@ -115,11 +128,11 @@ def gateway(
     key = _secret(key_file)
     _check_exposure(host, key)
     with _listening(host, port) as listener:
-        directory = open_model(model)
         protection: Protection | None = None
-        if engine == ENCLAVE:
-            made: Engine = _enclave_engine(directory)
+        if engine == ENCLAVE or engine.startswith(CLOISTER):
+            made: Engine = _enclave_engine(engine, model, policy)
         else:
+            directory = open_model(_needed(model, policy))
             made = _engine(engine, directory, transport, served_model, _secret(engine_key_file), timeout)
             protection = _protection(
                 directory,
@@ -174,7 +187,9 @@ def _engine(
     from cloister.gateway.vllm_engine import VllmEngine
 
     if not address.startswith(("http://", "https://")):
-        raise SettingsError(f"--engine is {address!r}.", remedy="Give http://HOST:PORT, https://... or enclave.")
+        raise SettingsError(
+            f"--engine is {address!r}.", remedy="Give http(s)://HOST:PORT, cloister://HOST:PORT or enclave."
+        )
     if not 0 < timeout <= 3600:
         raise SettingsError(f"--timeout is {timeout}.", remedy="Allowed: above 0, up to 3600 seconds.")
     client = EngineClient(address, key, timeout)
@@ -183,11 +198,32 @@ def _engine(
     return VllmEngine(client, ClientModel(directory), transport, served_model)
 
 
-def _enclave_engine(directory: "ModelDirectory") -> "Engine":
+def _enclave_engine(engine: str, model: Path | None, policy: Path | None) -> "Engine":
+    from cloister.cli.remote import elsewhere
     from cloister.gateway.enclave_engine import EnclaveEngine
-    from cloister.local.client import LLM
+    from cloister.local.own_enclave import OwnEnclave
 
-    return EnclaveEngine(LLM(directory.path), directory.path.name)
+    if engine == ENCLAVE:
+        folder = _needed(model, policy).expanduser().resolve()
+        return EnclaveEngine(OwnEnclave(folder), folder.name)
+    if model is not None or policy is None:
+        raise SettingsError(
+            f"{engine} has the model.", remedy="Leave --model out, and state with --policy FILE what it must be."
+        )
+    address = engine.removeprefix(CLOISTER).rstrip("/")
+    there = elsewhere(None, address, policy, None, None, None)
+    if there is None:
+        raise SettingsError(f"--engine is {engine!r}.", remedy="Give cloister://HOST:PORT.")
+    connected = there.connected()
+    return EnclaveEngine(connected, connected.info.model, address)
+
+
+def _needed(model: Path | None, policy: Path | None) -> Path:
+    if model is None or policy is not None:
+        raise SettingsError(
+            "This engine needs --model, and takes no --policy.", remedy="A policy is for cloister://HOST:PORT."
+        )
+    return model
 
 
 def _protection(

@@ -59,12 +59,14 @@ class Elsewhere:
             SettingsError: it states nothing, or something impossible. What `cloister.connect` raises is raised too.
         """
         from cloister.attest.evidence import Kind
-        from cloister.local.remote import MEASURED, RemoteLLM
+        from cloister.local.remote import MEASURED, RemoteLLM, tcp
 
         expected, trusted = self._expected()
         wanted = frozenset(_hex(text, "--model-root") for text in self.model_roots) or MEASURED
         kinds: set[Kind | None] = set()
-        llm = RemoteLLM(self.address, expected, trusted, wanted, on_verdict=lambda verdict: kinds.add(verdict.kind))
+        llm = RemoteLLM(
+            tcp(self.address), expected, trusted, wanted, on_verdict=lambda verdict: kinds.add(verdict.kind)
+        )
         if Kind.SIM in kinds:
             stderr().print(
                 "[bold yellow]The enclave is a software stand-in: no hardware protects the prompt there.[/bold yellow]"

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
 
-from cloister.server.schema import Delta
+from cloister.attest.document import Attestation
+from cloister.server.schema import Delta, KeptReceipt
 
 
 class Transport(StrEnum):
@@ -69,6 +70,12 @@ class Engine(Protocol):
         Raises:
             GatewayError: it does not, or cannot be reached.
         """
+
+    async def attestation(self, nonce: bytes) -> Attestation | None:
+        """Returns unverified evidence of where the engine runs, made for this nonce of 32 bytes; None if it has none to show."""
+
+    def receipt(self, name: str) -> KeptReceipt | None:
+        """Returns the receipt of an answer by the name in its report; None if there is none, or no more."""
 
     async def alive(self) -> None:
         """Raises `GatewayError` unless the engine can be reached and serves the model."""

@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import msgspec
+
 from cloister.errors import CloisterError, GatewayError, PrivacyError, RequestError
 from cloister.gateway.engine import Engine, EngineRequest
 from cloister.gateway.outline import change_json, chat_outline, completion_outline
@@ -23,7 +25,8 @@ from cloister.privacy.mechanism import Sampler
 from cloister.privacy.restore import Restorer, ReverseMap, restore
 from cloister.privacy.sanitiser import Sanitised, Sanitiser
 from cloister.privacy.statements import ADJACENCY, CLASS_POLICY, FORMATS, POSITIONS
-from cloister.server.schema import ChatRequest, CompletionRequest, Delta, ToolCall
+from cloister.server.schema import ChatRequest, CompletionRequest, Delta, KeptReceipt, ToolCall
+from cloister.wire.channel_messages import NONCE_BYTES
 
 MAX_SESSIONS: Final = 256
 REMEMBERED_REQUESTS: Final = 20
@@ -119,6 +122,9 @@ class Gateway:
     async def attestation(self, nonce: str) -> dict[str, Any]:
         """See `Service`."""
         described = self._engine.describe()
+        if nonce and self._engine.trusted and (shown := await self._engine.attestation(_nonce(nonce))) is not None:
+            document: dict[str, Any] = msgspec.json.decode(shown.encode())
+            return document
         if not self._engine.trusted:
             return {
                 "kind": "none",
@@ -132,6 +138,10 @@ class Gateway:
             "nonce": nonce,
             "engine": described,
         }
+
+    def receipt(self, name: str) -> KeptReceipt | None:
+        """See `Service`."""
+        return self._engine.receipt(name)
 
     async def privacy(self, session: str, *, reveal: bool = False) -> dict[str, Any]:
         """See `Service`; `reveal` adds what the user wrote for each replacement."""
@@ -244,11 +254,11 @@ class Gateway:
         if delta.usage is not None:
             self._tokens["prompt"] += delta.usage.prompt_tokens
             self._tokens["completion"] += delta.usage.completion_tokens
-            return Delta(usage=delta.usage, report=dict(report))
+            return Delta(usage=delta.usage, report=dict(report) or delta.report)
         restorer = restorers.setdefault(delta.index, Restorer(reverse))
         text = restorer.push(delta.text) + (restorer.flush() if delta.finish else "")
         calls = tuple(_restored_call(call, reverse) for call in delta.tool_calls)
-        added: dict[str, Any] | None = None
+        added = delta.report
         if delta.finish and report:
             places = [
                 {"start": place.start, "end": place.stop, "sent": place.sent, "label": str(place.label)}
@@ -328,6 +338,18 @@ def protection(
             detector for detector in detection.detectors if detector.name.startswith(("dictionary", "patterns"))
         )
     return Protection(detection, sampler, ledger, names)
+
+
+def _nonce(text: str) -> bytes:
+    try:
+        nonce = bytes.fromhex(text)
+    except ValueError:
+        nonce = b""
+    if len(nonce) != NONCE_BYTES:
+        raise RequestError(
+            "The nonce is not one.", remedy=f"Give {2 * NONCE_BYTES} hexadecimal digits, drawn at random."
+        )
+    return nonce
 
 
 def _words_of(name: str) -> list[str]:

@@ -41,6 +41,12 @@ class TextEngine:
         """
         self._model = (await served_model(self._client, self._model))[0]
 
+    async def attestation(self, nonce: bytes) -> None:
+        """See `Engine`: it is not attested."""
+
+    def receipt(self, name: str) -> None:
+        """See `Engine`: it gives none."""
+
     async def alive(self) -> None:
         """See `Engine`."""
         await served_model(self._client, self._model)

@@ -72,6 +72,12 @@ class VllmEngine:
         if self._transport in (Transport.EMBEDS, Transport.MIXED):
             await self._compare_tables()
 
+    async def attestation(self, nonce: bytes) -> None:
+        """See `Engine`: it is not attested."""
+
+    def receipt(self, name: str) -> None:
+        """See `Engine`: it gives none."""
+
     async def alive(self) -> None:
         """See `Engine`."""
         await served_model(self._client, self._model)

@@ -14,11 +14,12 @@ from typing import Final
 
 import msgspec
 
+from cloister.attest.document import Attestation
 from cloister.attest.evidence import Verdict
 from cloister.attest.policy import Policy
 from cloister.attest.receipt import Receipt, SignedStatement, verify_receipt
 from cloister.attest.roots import Roots
-from cloister.attest.session import checker
+from cloister.attest.session import ask, checker
 from cloister.errors import ChannelError, RequestError, SettingsError
 from cloister.local.client import Reply, chat_request, error_of, prompt_request
 from cloister.local.confined import parse_address
@@ -40,11 +41,12 @@ class RemoteLLM:
     """A model in an enclave elsewhere, used as `cloister.LLM` is. Use it as a context manager, or call `close`."""
 
     def __init__(
-        self, address: str, policy: Policy, roots: Roots, model_roots: frozenset[bytes] | str = MEASURED, *,
+        self, dial: Callable[[], socket.socket], policy: Policy, roots: Roots,
+        model_roots: frozenset[bytes] | str = MEASURED, *,
         on_verdict: Callable[[Verdict], None] | None = None, seconds: float = 600.0,
     ) -> None:  # fmt: skip
-        self._where = parse_address(address)
-        self._address = address
+        """`dial` returns a new connection to the enclave (see `tcp`)."""
+        self._dial = dial
         self._policy = policy
         self._roots = roots
         self._check = checker(policy, roots, model_roots=model_roots, on_verdict=on_verdict)
@@ -72,6 +74,15 @@ class RemoteLLM:
         if self._client is not None and self._generating:
             self._client.tell(msgspec.msgpack.encode(Cancel()))
 
+    def attest(self, nonce: bytes) -> Attestation:
+        """Returns unverified evidence that the enclave makes for a nonce of 32 bytes, on a connection of its own.
+
+        Raises:
+            ChannelError, EvidenceError: it makes none.
+        """
+        with self._dial() as sock:
+            return ask(sock, nonce)
+
     def close(self) -> None:
         """Ends the connection, and with it what is being generated; harmless when already closed."""
         self._generating = False
@@ -90,14 +101,7 @@ class RemoteLLM:
         if self._client is not None and not self._client.usable():
             self.close()
         if self._client is None:
-            try:
-                sock = socket.create_connection(self._where, timeout=_CONNECT_SECONDS)
-            except OSError as error:
-                raise ChannelError(
-                    f"{self._address} cannot be reached: {error}.", remedy="Is cloister serve running there?"
-                ) from error
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._client = SealedClient(sock, self._check, seconds=self._seconds)
+            self._client = SealedClient(self._dial(), self._check, seconds=self._seconds)
         return self._client
 
     def _ask_info(self) -> Ready:
@@ -188,7 +192,28 @@ def connect(
     """
     if policy is None:
         raise SettingsError("Nothing says which enclave to expect, so nothing is sent.", remedy=NO_POLICY)
-    return RemoteLLM(address, policy, roots or Roots.production(), model_roots)
+    return RemoteLLM(tcp(address), policy, roots or Roots.production(), model_roots)
+
+
+def tcp(address: str) -> Callable[[], socket.socket]:
+    """Returns what connects to `address` (host:port).
+
+    Raises:
+        SettingsError: it is no address. The returned function raises `ChannelError` when nothing answers there.
+    """
+    where = parse_address(address)
+
+    def dial() -> socket.socket:
+        try:
+            sock = socket.create_connection(where, timeout=_CONNECT_SECONDS)
+        except OSError as error:
+            raise ChannelError(
+                f"{address} cannot be reached: {error}.", remedy="Is cloister serve running there?"
+            ) from error
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+
+    return dial
 
 
 def _decode(piece: bytes) -> Answered:

@@ -103,6 +103,8 @@ class _Server:
             Route("/v1/models", self._guarded(self._models), methods=get),
             Route("/v1/models/{name:path}", self._guarded(self._model), methods=get),
             Route("/v1/attestation", self._guarded(self._attestation), methods=get),
+            Route("/v1/receipts/{name}", self._guarded(self._receipt), methods=get),
+            Route("/v1/receipts/{name}/{part}", self._guarded(self._receipt), methods=get),
             Route("/v1/privacy", self._guarded(self._privacy), methods=get),
             Route("/health", self._guarded(self._health, open_to_all=True), methods=get),
             Route("/metrics", self._guarded(self._metrics, open_to_all=True), methods=get),
@@ -119,7 +121,7 @@ class _Server:
                 response = _json(error_body(error), status_of(error), {"x-should-retry": "false"})
             except ClientDisconnect:
                 response = Response(status_code=499)
-            path = request.url.path if not request.path_params else "/v1/models"
+            path = "/".join(request.url.path.split("/")[:3]) if request.path_params else request.url.path
             self._traffic.note(path, response.status_code, time.monotonic() - start)
             return response
 
@@ -182,6 +184,15 @@ class _Server:
 
     async def _attestation(self, request: Request) -> Response:
         return _json(await self._service.attestation(request.query_params.get("nonce", "")[:256]))
+
+    async def _receipt(self, request: Request) -> Response:
+        kept = self._service.receipt(request.path_params["name"])
+        part = request.path_params.get("part", "")
+        if kept is None or part not in ("", "request", "response"):
+            return _refused(404, "There is no such receipt here, or no more.", "receipt_not_found")
+        content = {"": kept.receipt, "request": kept.request, "response": kept.response}[part]
+        kind = "application/octet-stream" if part else "application/json"
+        return Response(content, 200, {"cache-control": "no-store"}, kind)
 
     async def _privacy(self, request: Request) -> Response:
         session = request.query_params.get("session", "")[:128] or _session(request)

@@ -6,6 +6,7 @@ Does not cover: images, sound, predictions and the like: refused, since they can
 """
 
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, Protocol, TypeVar, runtime_checkable
 
 import msgspec
@@ -188,6 +189,16 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     """What the server adds about the answer, under its own key `cloister`."""
 
 
+@dataclass(frozen=True)
+class KeptReceipt:
+    """The receipt of one answer, with the bytes that it is about."""
+
+    receipt: bytes
+    """JSON, as `cloister verify` reads it."""
+    request: bytes
+    response: bytes
+
+
 @runtime_checkable
 class Service(Protocol):
     """What the server serves. `session` is the name that the client gave, or empty."""
@@ -202,7 +213,10 @@ class Service(Protocol):
         """Returns the continuation of a prompt, as it is generated."""
 
     async def attestation(self, nonce: str) -> dict[str, Any]:
-        """Returns what is known about where the model runs."""
+        """Returns evidence of where the model runs for a nonce in hexadecimal, or what is known without any."""
+
+    def receipt(self, name: str) -> KeptReceipt | None:
+        """Returns the receipt of an answer by the name in its report; None if there is none, or no more."""
 
     async def privacy(self, session: str, *, reveal: bool = False) -> dict[str, Any]:
         """Returns what was replaced and spent; `reveal` adds what the user wrote."""
