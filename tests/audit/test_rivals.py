@@ -71,3 +71,11 @@ def test_rantext_has_no_finite_epsilon_where_its_radius_cuts(rng: np.random.Gene
     far = rivals.distances(vectors)
     assert math.isinf(rival.epsilon) == bool((rival.blocks[0].table == 0).any())
     assert far.shape == (60, 60)
+
+
+def test_santext_can_be_set_by_the_attack_instead_of_epsilon(rng: np.random.Generator) -> None:
+    vectors = words(rng)
+    for attack in (0.05, 0.4, 0.9):
+        (block,) = rivals.santext_at_attack(vectors, np.arange(60), attack).blocks
+        assert float(block.table.max(axis=0).sum()) / 60 == pytest.approx(attack, rel=0.02)
+        assert block.table.sum(axis=1) == pytest.approx(1.0, abs=1e-5)

@@ -1,5 +1,6 @@
 """The measurement of sanitisers: draws, attacks and comparisons against obvious twins; a whole run on tiny data."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,19 @@ from rich.console import Console
 from cloister.audit.rivals import Block, Rival
 from cloister.bench import candidates, sanitize
 from cloister.bench import sanitize_compare as compare
+from cloister.bench import sanitize_systems as systems
 from cloister.bench import text_task as task
 from cloister.bench.sanitize_plot import plot
+from cloister.bench.sanitize_setting import sanitised
+from cloister.bench.sanitize_vectors import read_vectors, vocabulary
 from cloister.errors import SettingsError
 
 pytest.importorskip("lemminflect", reason="lemminflect is not installed")
+pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 pytest.importorskip("vaderSentiment", reason="vaderSentiment is not installed")
 
 QUIET = Console(quiet=True)
+LETTERS = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in "bdgklmnpr"]
 
 
 def two_blocks(rng: np.random.Generator) -> Rival:
@@ -33,7 +39,7 @@ def test_draws_follow_the_channel_and_keep_what_is_not_content(rng: np.random.Ge
     rival = two_blocks(rng)
     ids = np.concatenate([np.full(20_000, 2), np.full(20_000, 3), np.full(5, 7), np.full(1000, -1)])
     rng.shuffle(ids)
-    out = sanitize.sanitised(ids, np.flatnonzero(ids < 0), rival, np.array([0, 1, 2, 3, 4]), rng)
+    out = sanitised(ids, np.arange(len(ids)), rival, np.array([0, 1, 2, 3, 4]), rng)
     for word, block, row in ((2, 0, 1), (3, 1, 1)):
         table = rival.blocks[block]
         seen = np.bincount(out[ids == word], minlength=8)[table.outputs] / 20_000
@@ -42,11 +48,22 @@ def test_draws_follow_the_channel_and_keep_what_is_not_content(rng: np.random.Ge
     assert set(out[ids == -1].tolist()) == {0, 1, 2, 3, 4}, "unknown words become any content word"
 
 
+def test_equal_words_of_an_example_get_equal_replacements(rng: np.random.Generator) -> None:
+    ids = rng.choice([0, 1, 2, 3, 4, 7, -1, -2, -3], 6000)
+    example = np.sort(rng.integers(0, 300, 6000))
+    out = sanitised(ids, example, two_blocks(rng), np.arange(5), rng)
+    drawn: dict[tuple[int, int], set[int]] = {}
+    for key, value in zip(zip(example.tolist(), ids.tolist(), strict=True), out.tolist(), strict=True):
+        drawn.setdefault(key, set()).add(value)
+    assert all(len(values) == 1 for values in drawn.values())
+    assert len({values.pop() for key, values in drawn.items() if key[1] == -2}) == 5, "fresh draws for each example"
+
+
 def test_the_attack_is_the_best_guess_simulated(rng: np.random.Generator) -> None:
     rival, prior = two_blocks(rng), np.array([0.3, 0.1, 0.2, 0.25, 0.15])
     attack, uniform, kept = sanitize.attacks(rival, prior)
     words = rng.choice(5, 60_000, p=prior)
-    out = sanitize.sanitised(words, np.array([], dtype=np.int64), rival, np.arange(5), rng)
+    out = sanitised(words, np.arange(60_000), rival, np.arange(5), rng)
     joint = np.zeros((5, 5))
     np.add.at(joint, (words, out), 1)
     assert joint.max(axis=0).sum() / 60_000 == pytest.approx(attack, abs=0.01)
@@ -60,38 +77,111 @@ def test_leads_are_paired_by_seed_and_interpolated_at_equal_attack() -> None:
         rates = {"attack %": attack, "uniform %": attack, "accuracy": level}
         return {"mechanism": name, "seeds": seeds, "seeds trained sanitised": seeds} | rates
 
-    rows = [row("channel", 10, 0.6), row("channel", 30, 0.8), row("TEM", 20, 0.65), row("TEM", 40, 0.7)]
-    facts = compare.comparisons(rows, 5)
-    assert facts["channel - TEM, equal ε"] == "-5.0±0.0, +10.0±0.0"
-    assert facts["channel - TEM, equal attack"] == "+5.0 at 20.0 %"
+    ours = [row("channel", 10, 0.6), row("channel", 30, 0.8), row("channel (K = 64)", 1, 0.5)]
+    facts = compare.comparisons([*ours, row("CusText+", 20, 0.65), row("CusText+", 40, 0.7)], 5)
+    assert facts["channel - CusText+, equal ε, trained clean"] == "-5.0±0.0, +10.0±0.0"
+    assert facts["channel - CusText+, equal attack, trained sanitised"] == "+5.0±0.0 at 20.0 %"
+    assert "channel (K = 64) - CusText+, equal attack, trained clean" not in facts, "none of its rates is within ours"
 
 
-def test_the_frontier_leaves_out_what_is_beaten() -> None:
-    points = [(3.0, 0.5), (1.0, 0.4), (2.0, 0.6), (4.0, 0.55)]
-    assert compare.frontier(points) == [(1.0, 0.4), (2.0, 0.6), (4.0, 0.6)]
+def features(words: int, pair: bool, rng: np.random.Generator) -> task.Features:
+    vectors = rng.normal(size=(words, 4)).astype(np.float32)
+    return task.Features(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.ones(words), pair)
 
 
 def test_the_classifier_learns_what_words_decide(rng: np.random.Generator) -> None:
-    sentence = np.repeat(np.arange(300), 6)
-    ids = rng.integers(0, 20, 1800)
-    corpus = task.Corpus(("w",) * 1800, sentence, np.zeros(300, dtype=np.int64))
-    bags = task.features(ids, corpus, 20)
-    labels = (np.asarray(bags[:, :10].sum(axis=1)).ravel() > 3).astype(np.int64)
+    example = np.repeat(np.arange(600), 6)
+    ids = rng.integers(0, 20, 3600)
+    labels = (np.add.reduceat(ids < 10, np.arange(0, 3600, 6)) > 3).astype(np.int64)
+    source = task.Corpus(("w",) * 3600, example, np.zeros(3600, dtype=bool), labels)
+    bags = features(20, False, rng).of(ids, source)
     assert task.accuracy(task.fit(bags, labels), bags, labels) > 0.9
+    assert bags.shape == (600, 20 + task.PAIR_BUCKETS)
+    assert set(bags.data.tolist()) == {1.0}
 
 
-def test_a_whole_run_on_tiny_data(tmp_path: Path, rng: np.random.Generator) -> None:
-    words = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in "bdgklmnpr"][:130]
-    for name, count in (("train", 300), ("test", 60)):
-        lines = [f"{' '.join(rng.choice(words, 8))} the , unseenword \t{rng.integers(0, 2)}" for _ in range(count)]
-        (tmp_path / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
-    np.savez(tmp_path / "v.npz", words=np.array(words), vectors=rng.normal(size=(130, 8)).astype(np.float32))
-    record = sanitize.run(tmp_path, tmp_path / "v.npz", True, QUIET)
-    names = [row["mechanism"] for row in record.rows]
-    assert len(names) == len(set(names)) == 11
+def test_the_features_of_two_texts_say_how_much_they_share(rng: np.random.Generator) -> None:
+    made = task.corpus([("red fox runs", "red fox runs", 1), ("red fox runs", "blue sea sleeps", 0), ("red", "", 0)])
+    ids = task.as_ids(made.words, ["red", "fox", "runs", "blue", "sea"])
+    same, other, empty = features(5, True, rng).of(ids, made)
+    assert same[:3].tolist() == [1.0, 1.0, 1.0]
+    assert other[:3].tolist() == [0.0, 0.0, 0.0]
+    assert np.isfinite(empty).all()
+    assert ids[ids < 0].tolist() == [-1], "one word is outside the vocabulary"
+
+
+def test_vectors_of_words_that_stand_alike_are_alike(rng: np.random.Generator) -> None:
+    texts = [
+        [str(rng.choice(["cat", "dog"])), str(rng.choice(["eats", "sleeps"])), "here", str(rng.choice(["car", "van"])),
+         str(rng.choice(["drives", "stops"]))]
+        for _ in range(400)
+    ]  # fmt: skip
+    made = vocabulary(texts, (("cat", "car"), np.eye(2, dtype=np.float32)), 9)
+    unit = made.vectors[:, :-2] / np.linalg.norm(made.vectors[:, :-2], axis=1, keepdims=True)
+    cat, dog, car = (made.words.index(word) for word in ("cat", "dog", "car"))
+    assert unit[cat] @ unit[dog] > unit[cat] @ unit[car] + 0.3
+    assert made.counts.sum() == 2000
+    assert made.vectors[dog, -2:].tolist() == [0.0, 0.0], "a word that the published vectors lack"
+
+
+def tiny(folder: Path, rng: np.random.Generator) -> None:
+    def sentence() -> str:
+        return f"{' '.join(rng.choice(LETTERS[:130], 8))} the , unseenword"
+
+    for name in ("sst2", "mrpc", "qnli", "cola", "agnews"):
+        (folder / name).mkdir()
+    for name, count in (("train", 300), ("dev", 60), ("test", 60)):
+        lines = [f"{sentence()}\t{rng.integers(0, 2)}" for _ in range(count)]
+        (folder / "sst2" / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
+        lines = [f"{rng.integers(0, 2)}\t1\t2\t{sentence()}\t{sentence()}" for _ in range(count)]
+        (folder / "mrpc" / f"{name}.tsv").write_text("\ufeff" + "\n".join(["Quality\tids", *lines]) + "\n")
+        lines = [f"x\t{rng.integers(0, 2)}\t\t{sentence()}" for _ in range(count)]
+        (folder / "cola" / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    lines = [f"{n}\t{sentence()}\t{sentence()}\t{'not_' * (n % 2)}entailment" for n in range(90)]
+    (folder / "qnli" / "dev.tsv").write_text("\n".join(["index\tquestion", *lines]) + "\n")
+    lines = [f'"{n % 4 + 1}","{sentence()}","{sentence()}"' for n in range(90)]
+    (folder / "agnews" / "test.csv").write_text("\n".join(lines) + "\n")
+    np.savez(folder / "v.npz", words=np.array(LETTERS[:130]), vectors=rng.normal(size=(130, 8)).astype(np.float32))
+
+
+def test_every_task_is_read_and_no_split_holds_an_example_of_another(tmp_path: Path, rng: np.random.Generator) -> None:
+    tiny(tmp_path, rng)
+    for name in task.READERS:
+        read = task.read(tmp_path, name)
+        assert read.pair == (name in {"qnli", "mrpc"})
+        texts = []
+        for split in (read.train, read.validation, read.test):
+            starts = np.searchsorted(split.example, np.arange(len(split.labels) + 1)).tolist()
+            texts.append({split.words[first:last] for first, last in itertools.pairwise(starts)})
+            assert len(texts[-1]) == len(split.labels) > 0
+        assert len(set.union(*texts)) == sum(len(found) for found in texts), name
+
+
+def test_a_whole_run_on_tiny_data_goes_on_where_it_was(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny(tmp_path, rng)
+    arguments = (tmp_path, tmp_path / "v.npz", ("sst2", "mrpc"), "test", True, tmp_path / "out", QUIET)
+    measure, measured = sanitize.measure, []
+
+    def interrupted(*given: object) -> dict[str, object]:
+        measured.append(given)
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        return measure(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sanitize, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sanitize.run(*arguments)
+    record = sanitize.run(*arguments)
+    assert len(measured) == len(record.rows) + 1, "what was measured before the interruption is not measured again"
+    assert not list((tmp_path / "out").iterdir())
+    names = [row["mechanism"] for row in record.rows if row["task"] == "sst2"]
+    assert len(names) == len(set(names)) == 13
+    assert {row["mechanism"] for row in record.rows if row["task"] == "mrpc"} == set(systems.EVERYWHERE)
     for row in record.rows:
         assert 0 <= row["uniform %"] <= 100
-        if row["mechanism"] != "RANTEXT":
+        if row["mechanism"] not in {"RANTEXT", systems.MATCHED}:
             assert row["exact ε"] <= 1.001
             assert row["uniform %"] <= row["ceiling %"] * 1.001, "the attack is below the ceiling that ε alone gives"
     assert plot(record, tmp_path) == tmp_path / "sanitize.svg"
@@ -99,11 +189,13 @@ def test_a_whole_run_on_tiny_data(tmp_path: Path, rng: np.random.Generator) -> N
 
 
 def test_missing_data_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"train\.tsv is not SST-2"):
-        task.read_sst2(tmp_path / "train.tsv")
+    with pytest.raises(SettingsError, match=r"train\.tsv"):
+        task.read(tmp_path, "sst2")
+    with pytest.raises(SettingsError, match="no task 'sst3'"):
+        task.read(tmp_path, "sst3")
     (tmp_path / "v.npz").write_bytes(b"no archive")
     with pytest.raises(SettingsError, match="no archive of word vectors"):
-        sanitize.read_vectors(tmp_path / "v.npz", None)
+        read_vectors(tmp_path / "v.npz")
 
 
 def test_the_cost_of_building_is_measured() -> None:

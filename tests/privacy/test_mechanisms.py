@@ -21,9 +21,17 @@ from cloister.privacy.certificate import (
     log_up,
 )  # fmt: skip
 from cloister.privacy.channel import Channel, quantise, uniform_index
-from cloister.privacy.linear_program import attack_cap, best_channel
+from cloister.privacy.linear_program import Attack, attack_cap, best_channel, default_cap
 from cloister.privacy.mechanism import Mechanism
-from cloister.privacy.noisy_max import TABLES, analytic_table, bayes_attack, exact_epsilon, exact_table, sensitivity
+from cloister.privacy.noisy_max import (
+    TABLES,
+    analytic_table,
+    bayes_attack,
+    exact_epsilon,
+    exact_table,
+    randomised_response,
+    sensitivity,
+)
 
 NOISE = {
     Mechanism.LAPLACE_RNM: lambda rng, shape: rng.laplace(size=shape),
@@ -110,7 +118,7 @@ def test_the_linear_program_beats_the_exponential_mechanism_at_equal_epsilon_and
     for epsilon in (0.5, 1.0, 2.0, 4.0):
         exponential = exact_table(Mechanism.GUMBEL, scores, epsilon)
         attack = bayes_attack(exponential, prior)
-        ours = best_channel(scores, prior, epsilon, attack)
+        ours = best_channel(scores, prior, epsilon, [Attack(prior, attack)])
         assert bayes_attack(ours, prior) <= attack + 1e-7
         assert exact_epsilon(ours) <= epsilon
         gained = (prior[:, None] * ours * scores).sum() - (prior[:, None] * exponential * scores).sum()
@@ -121,35 +129,72 @@ def test_the_compact_program_is_the_obvious_one(rng: np.random.Generator) -> Non
     """The obvious one compares every pair of spans."""
     from scipy.optimize import linprog
 
-    count, epsilon, cap = 5, 1.0, 0.4
+    count, epsilon = 5, 1.0
     scores, prior = similarities(rng, count), np.array([0.3, 0.25, 0.2, 0.15, 0.1])
+    attackers = [Attack(prior, 0.4), Attack(np.full(count, 1 / count), 0.3)]
+    cells, width = count * count, count * (count + len(attackers))
     factor = math.exp(epsilon * (1 - 5e-4))
-    rows = []
+    rows, limits = [], []
     for y in range(count):
         for x in range(count):
             for other in range(count):
-                row = np.zeros(count * count + count)
+                row = np.zeros(width)
                 row[x * count + y] += 1.0
                 row[other * count + y] -= factor
                 rows.append(row)
-    attack = []
-    for y in range(count):
-        for x in range(count):
-            row = np.zeros(count * count + count)
-            row[x * count + y], row[count * count + y] = prior[x], -1.0
-            attack.append(row)
-    total = np.concatenate([np.zeros(count * count), np.ones(count)])
-    sums = np.zeros((count, count * count + count))
+                limits.append(0.0)
+    for place, attacker in enumerate(attackers):
+        first = cells + place * count
+        for y in range(count):
+            for x in range(count):
+                row = np.zeros(width)
+                row[x * count + y], row[first + y] = attacker.prior[x], -1.0
+                rows.append(row)
+                limits.append(0.0)
+        total = np.zeros(width)
+        total[first : first + count] = 1.0
+        rows.append(total)
+        limits.append(attacker.success)
+    sums = np.zeros((count, width))
     for x in range(count):
         sums[x, x * count : (x + 1) * count] = 1.0
     obvious = linprog(
-        np.concatenate([-(prior[:, None] * scores).ravel(), np.zeros(count)]),
-        A_ub=np.array([*rows, *attack, total]),
-        b_ub=np.concatenate([np.zeros(len(rows) + len(attack)), [cap]]),
-        A_eq=sums, b_eq=np.ones(count), bounds=(0, None),
+        np.concatenate([-(prior[:, None] * scores).ravel(), np.zeros(width - cells)]),
+        A_ub=np.array(rows), b_ub=np.array(limits), A_eq=sums, b_eq=np.ones(count), bounds=(0, None),
     )  # fmt: skip
-    ours = best_channel(scores, prior, epsilon, cap)
+    ours = best_channel(scores, prior, epsilon, attackers)
     assert (prior[:, None] * ours * scores).sum() == pytest.approx(-obvious.fun, abs=1e-8)
+    for attacker in attackers:
+        assert bayes_attack(ours, attacker.prior) <= attacker.success + 1e-9
+
+
+def test_a_cap_goes_from_a_guess_over_the_exponential_mechanism_to_all_that_epsilon_allows(
+    rng: np.random.Generator,
+) -> None:
+    scores, prior = similarities(rng, 12), rng.dirichlet(np.ones(12))
+    for known in (prior, np.full(12, 1 / 12)):
+        steps = [attack_cap(scores, known, 2.0, cap).success for cap in (0.0, 0.5, 1.0, 1.5, 2.0)]
+        assert steps == sorted(steps)
+        assert steps[0] == pytest.approx(known.max())
+        assert steps[2] == pytest.approx(bayes_attack(exact_table(Mechanism.GUMBEL, scores, 2.0), known), abs=1e-6)
+    assert steps[4] == pytest.approx(math.e**2 / (math.e**2 + 11)), "equally frequent spans: the ceiling"
+    assert exact_epsilon(randomised_response(12, 2.0)) == pytest.approx(2.0)
+    assert [default_cap(epsilon) for epsilon in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)] == [0.5, 0.5, 0.5, 1.0, 1.5, 2.0]
+
+
+def test_epsilon_is_certified_whatever_the_frequencies(rng: np.random.Generator) -> None:
+    """Frequencies shape the table, and what the attacker knows; the certificate looks at the integers alone."""
+    scores, claim = similarities(rng, 16), Fraction(1)
+    uniform = np.full(16, 1 / 16)
+    gains = {}
+    for name, prior in (("frequent", rng.dirichlet(np.full(16, 0.2))), ("uniform", uniform)):
+        attackers = [attack_cap(scores, known, 1.0, 0.5) for known in (prior, uniform)]
+        weights = quantise(best_channel(scores, prior, 1.0, attackers), claim)
+        assert certify(weights, claim) <= exponential_below(claim)
+        for attacker in attackers:
+            assert bayes_attack(weights / TOTAL, attacker.prior) <= attacker.success + 1e-6
+        gains[name] = (prior[:, None] * weights / TOTAL * scores).sum()
+    assert gains["frequent"] > gains["uniform"], "spans that are frequent count for more"
 
 
 @settings(max_examples=15, deadline=None)
@@ -169,12 +214,12 @@ def test_a_channel_from_the_program_is_certified_and_close_to_its_claim(rng: np.
     for count, epsilon in ((2, "1/2"), (20, "1"), (40, "4"), (20, "8")):
         scores, prior = similarities(rng, count), np.full(count, 1 / count)
         claim = Fraction(epsilon)
-        cap = attack_cap(scores, prior, float(claim))
-        weights = quantise(best_channel(scores, prior, float(claim), cap), claim)
+        cap = attack_cap(scores, prior, float(claim), 0.5)
+        weights = quantise(best_channel(scores, prior, float(claim), [cap]), claim)
         spent = certificate(weights)
         assert 0.99 * claim < spent.epsilon <= float(claim)
         assert spent.rho <= spent.epsilon**2 / 2 * (1 + 1e-9)
-        assert bayes_attack(weights / TOTAL, prior) <= cap + 1e-6
+        assert bayes_attack(weights / TOTAL, prior) <= cap.success + 1e-6
 
 
 def test_the_exponential_mechanism_is_of_bounded_range_and_permute_and_flip_is_not(rng: np.random.Generator) -> None:

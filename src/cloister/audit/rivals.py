@@ -24,6 +24,7 @@ TOLERANCE = 3e-3
 """A rival is calibrated to this share below its ε."""
 TEM_BETA = 0.001
 """TEM's probability of looking beyond its radius."""
+LARGEST_PARAMETER = 1e6
 RADII = 8
 """Quantiles by which RANTEXT's random radius is represented."""
 
@@ -126,6 +127,25 @@ def santext_plus(vectors: Vectors, sensitive: Int64[np.ndarray, "_"], epsilon: f
     """Returns SanText over the sensitive words, calibrated to an exact ε among them."""
     far = distances(vectors[sensitive])
     return Rival((Block(sensitive, sensitive, calibrated(partial(santext, far), epsilon, epsilon, TOLERANCE)),))
+
+
+def santext_at_attack(vectors: Vectors, sensitive: Int64[np.ndarray, "_"], attack: float) -> Rival:
+    """Returns SanText over the sensitive words at the parameter by which its best attacker is right a share `attack` of the time.
+
+    All words are taken as equally frequent. The exact ε is whatever that parameter gives.
+    """
+    far = distances(vectors[sensitive])
+
+    def success(parameter: float) -> float:
+        return float(santext(far, parameter).max(axis=0).sum()) / len(far)
+
+    low, high = 0.0, 1.0
+    while success(high) < attack and high < LARGEST_PARAMETER:
+        low, high = high, 2.0 * high
+    while high - low > TOLERANCE * high:
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if success(middle) < attack else (low, middle)
+    return Rival((Block(sensitive, sensitive, santext(far, low)),))
 
 
 def tem_rival(vectors: Vectors, sensitive: Int64[np.ndarray, "_"], epsilon: float) -> Rival:

@@ -1,305 +1,197 @@
 """Utility and privacy of sanitising, side by side: accuracy, exact ε, the best attack and its ceiling, for every mechanism.
 
-The task is SST-2 with the classifier of `bench.text_task`. A table of public word vectors stands for the served model's
-input embeddings. Every content word is replaced, one draw per word, stop words are kept; a word that the vectors do not
-hold is replaced by a uniform content word, whatever the mechanism. Mechanisms are calibrated to equal exact ε.
+The tasks have the linear classifiers of `bench.text_task`; a public vocabulary with word vectors stands for the served
+model's input embeddings (`bench.sanitize_setting`). Mechanisms are calibrated to equal exact ε.
 Draws here are simulated from the exact channels with seeded generators, so that runs can be repeated; that the deployed
 sampler draws from its channel is what `audit.epsilon` and the tests show.
+Rows are kept in a file beside the record while the run lasts, and a run that was interrupted goes on from there.
 """
 
+import json
 import math
-import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Float64
+from jaxtyping import Float64
 from rich.console import Console
 
-from cloister.audit import rivals
-from cloister.audit.rivals import Block, Rival
+from cloister.audit.rivals import Rival
 from cloister.bench import text_task as task
-from cloister.bench.record import Record
+from cloister.bench.record import Record, commit
 from cloister.bench.sanitize_compare import SEED_KEYS, SEEDS, comparisons
-from cloister.errors import SettingsError
+from cloister.bench.sanitize_setting import MEMBERS, SMALL, Setting, TaskSetting, prepare, sanitised
+from cloister.bench.sanitize_systems import CHANNEL, EVERYWHERE, System, at_attack, systems
 from cloister.privacy import build as builder
 from cloister.privacy.candidates import CandidateClass, Candidates, Provenance
-from cloister.privacy.certificate import TOTAL
 from cloister.privacy.mechanism import Kind, Mechanism, Span
-from cloister.privacy.noisy_max import analytic_table, bayes_attack, exact_table
 from cloister.privacy.sampler import TableSampler
-from cloister.privacy.vocabulary import Entry, lexicon, token_entries
 
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0)
-SMALL, MEMBERS = rivals.CUSTEXT_MEMBERS, 64
-"""Class sizes: CusText's own, so that mechanisms are compared in classes of equal size, and our default."""
-TRAINING = 20_000
-"""Sentences that are sanitised to train on."""
 PROMPT_TOKENS = 128
 LATENCY_BAR_MS = 1.0
 CMIF_ACCURACY = 0.8265
 """What CMIF reports for SST-2 at ε = 1, with BERT."""
-STOP_WORDS = frozenset(
-    re.findall(
-        r"\S+",
-        """
-    a an the and or but if of at by for with about against between into through during before after above below to
-    from up down in out on off over under again further then once here there when where why how all any both each
-    few more most other some such only own same so than too very s t can will just should now i me my we our you
-    your he him his she her it its they them their what which who whom this that these those am is are was were be
-    been being have has had having do does did doing would could ought as until while because nor not no n't 's 're
-    've 'll 'd 'm ca wo
-    """,
-    )
+ROWS = 1024
+"""Rows of a table that are looked at together."""
+NOTE = (
+    "Accuracy: mean over seeds, on sanitised test text, of a linear classifier trained on clean and on sanitised text. "
+    "Attack: how often the best attacker, who knows the channel and how frequent words are in the task's text, names a "
+    "replaced word; uniform: the same where all words are equally frequent, beside its ceiling e^ε/(e^ε+K-1)."
 )
-"""Function words, kept by every mechanism, as CusText+ does."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What all mechanisms share: the vocabulary, the corpora and the classifier trained on clean text."""
-
-    words: tuple[str, ...]
-    vectors: Float32[np.ndarray, "words hidden"]
-    content: np.ndarray
-    """Ids of the words that are replaced."""
-    prior: Float64[np.ndarray, "words"]
-    """How often each word is in the training text: what the attacker knows."""
-    part: task.Corpus
-    """What is sanitised to train on: the first sentences of the training text."""
-    test: task.Corpus
-    part_ids: np.ndarray
-    test_ids: np.ndarray
-    unknown: tuple[np.ndarray, np.ndarray]
-    """Which words of either of them are content words without a vector."""
-    clean: np.ndarray
-    """The classifier."""
-    task_words: np.ndarray
-    """Ids of the content words that occur in the task: the vocabulary of SanText, TEM and RANTEXT."""
-    groups: dict[int, tuple[builder.Group, ...]]
-    """Classes by K."""
-    workers: int
-    """Processes that make tables; 0: one per core."""
-
-
-@dataclass(frozen=True)
-class System:
-    """A mechanism at one ε."""
-
-    name: str
-    epsilon: float
-    """The ε asked for."""
-    rival: Rival
-    exact: float
-    members: int
-    """The size of its smallest class: what the ceiling is for."""
-
-
-def run(data: Path, vectors: Path, smoke: bool, console: Console) -> Record:
+def run(
+    data: Path, vectors: Path, names: tuple[str, ...], split: str, smoke: bool, out: Path, console: Console
+) -> Record:
     """Returns the record of all mechanisms at all ε.
 
     Args:
-        data: The folder of SST-2 (train.tsv, test.tsv).
-        vectors: A NumPy archive with `words`, most frequent first, and `vectors`.
-        smoke: A few hundred sentences, one ε, one seed.
+        data: The folder that holds a folder for each task.
+        vectors: A NumPy archive with `words` and `vectors`.
+        names: The tasks; the first is measured with every mechanism, the others with the main ones.
+        split: `test`, or `validation` to choose options.
+        smoke: A few hundred examples, one ε, one seed.
+        out: Where rows are kept until the record is whole.
         console: Is told what is being done.
+
+    Raises:
+        SettingsError: a task is unknown, a file is absent or of another form.
     """
     epsilons, seeds = ((1.0,), 1) if smoke else (EPSILONS, SEEDS)
-    setting = prepare(data, vectors, smoke)
-    console.print(f"{len(setting.words)} words, {len(setting.test.labels)} test sentences")
-    clean = task.accuracy(
-        setting.clean, task.features(setting.test_ids, setting.test, len(setting.words)), setting.test.labels
-    )
-    rows: list[dict[str, Any]] = []
-    for system in systems(setting, epsilons, console):
-        started = time.monotonic()
-        rows.append(measure(system, setting, seeds))
-        seconds, level = time.monotonic() - started, rows[-1]["accuracy"]
-        console.print(f"{system.name}, ε = {system.epsilon:g}: accuracy {level:.4f}, {seconds:.1f} s", style="dim")
-    facts: dict[str, Any] = {"clean accuracy": clean} | comparisons(rows, seeds)
-    facts |= latency(setting)
-    return Record(
-        "sanitize",
-        rows,
-        facts,
-        {
-            "data": data.name, "vectors": vectors.name, "epsilons": list(epsilons), "seeds": seeds, "members": [SMALL, MEMBERS],
-            "smoke": smoke, "CMIF reports": CMIF_ACCURACY,
-            "seeds by mechanism and ε": {f"{row['mechanism']} {row['ε']:g}": [row.pop(key) for key in SEED_KEYS] for row in rows},
-        },
-        "Accuracy: mean over seeds, on SST-2's 872 sentences, of a bag-of-words classifier trained on clean and on sanitised "
-        "text. Attack: how often the best attacker, who knows the channel and how frequent words are, names a replaced word; "
-        "uniform: the same where all words of a class are equally frequent, beside its ceiling e^ε/(e^ε+K-1).",
-    )  # fmt: skip
-
-
-def prepare(data: Path, vectors: Path, smoke: bool) -> Setting:
-    """Returns what all mechanisms share.
-
-    Raises:
-        SettingsError: a file is absent or of another form.
-    """
-    words, table = read_vectors(vectors, 1500 if smoke else None)
-    train = task.read_sst2(data / "train.tsv", 2000 if smoke else None)
-    test = task.read_sst2(data / "test.tsv", 200 if smoke else None)
-    missing = sorted(STOP_WORDS - set(words))
-    words = (*words, *missing)
-    table = np.concatenate([table, np.zeros((len(missing), table.shape[1]), dtype=np.float32)])
-    content = np.array([place for place, word in enumerate(words) if word not in STOP_WORDS])
-    train_ids, test_ids = (task.as_ids(corpus.words, words) for corpus in (train, test))
-    part = task.read_sst2(data / "train.tsv", 500 if smoke else TRAINING)
-    part_ids = task.as_ids(part.words, words)
-    counts = np.bincount(train_ids[train_ids >= 0], minlength=len(words)) + 0.1
-    keep = np.zeros(len(words))
-    keep[content] = counts[content] / counts[content].sum()
-    entries = token_entries(["▁" + words[place] for place in content], lexicon())
-    entries = [Entry(entry.text, place, Kind.WORD, ("word", *entry.type[2:])) for place, entry in enumerate(entries)]
-    return Setting(
-        words=words,
-        vectors=table,
-        content=content,
-        prior=keep,
-        part=part,
-        test=test,
-        part_ids=part_ids,
-        test_ids=test_ids,
-        unknown=(np.flatnonzero(part_ids < 0), np.flatnonzero(test_ids < 0)),
-        clean=task.fit(task.features(train_ids, train, len(words)), train.labels),
-        task_words=np.intersect1d(content, np.concatenate([train_ids, test_ids])),
-        groups={
-            members: tuple(builder.classes(entries, table[content], members, lambda *_: None))
-            for members in (SMALL, MEMBERS)
-        },
-        workers=1 if smoke else 0,
-    )
-
-
-def read_vectors(path: Path, limit: int | None) -> tuple[tuple[str, ...], np.ndarray]:
-    """Returns words and vectors of an archive.
-
-    Raises:
-        SettingsError: it is absent or holds something else.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as held:
-            words = tuple(str(word) for word in held["words"][:limit])
-            return words, held["vectors"][:limit].astype(np.float32)
-    except (OSError, KeyError, ValueError) as error:
-        raise SettingsError(
-            f"{path} is no archive of word vectors: {error}.", remedy="Give an .npz with the arrays words and vectors."
-        ) from error
-
-
-def systems(setting: Setting, epsilons: tuple[float, ...], console: Console) -> Iterator[System]:
-    """Yields every mechanism at every ε."""
+    setting = prepare(data, vectors, names, split, smoke, console)
+    settings: dict[str, Any] = {
+        "data": data.name, "vectors": vectors.name, "tasks": list(names), "split": split, "words": len(setting.words),
+        "epsilons": list(epsilons), "seeds": seeds, "members": [SMALL, MEMBERS], "smoke": smoke, "CMIF reports": CMIF_ACCURACY,
+    }  # fmt: skip
+    kept = Kept(out / ".sanitize-rows.jsonl", settings | {"commit": commit()})
     for epsilon in epsilons:
-        for mechanism in Mechanism:
-            yield _ours(setting, mechanism, epsilon, SMALL)
-        yield _ours(setting, Mechanism.CHANNEL, epsilon, SMALL, cap=1.0)
-        yield _published(setting, epsilon)
-        yield _ours(setting, Mechanism.CHANNEL, epsilon, MEMBERS)
-        console.print(f"calibrating the published systems to ε = {epsilon:g}", style="dim")
-        arguments = setting.vectors, setting.task_words, epsilon
-        makers: tuple[tuple[str, Callable[[], Rival]], ...] = (
-            ("CusText+", partial(rivals.custext_plus, setting.vectors, setting.content, epsilon)),
-            ("SanText+", partial(rivals.santext_plus, *arguments)),
-            ("TEM", partial(rivals.tem_rival, *arguments)),
-            ("RANTEXT", partial(rivals.rantext_rival, *arguments, np.random.default_rng(0))),
-        )
-        for name, make in makers:
-            rival = make()
-            yield System(name, epsilon, rival, rival.epsilon, min(len(block.spans) for block in rival.blocks))
+        for system in _with_matched(setting, epsilon, kept):
+            _measure_all(system, setting, seeds, kept, console)
+    rows = sorted(kept.rows, key=lambda row: names.index(row["task"]))
+    facts: dict[str, Any] = {f"clean accuracy, {one.task.name}": one.clean_accuracy for one in setting.tasks}
+    for one in setting.tasks:
+        own = [row for row in rows if row["task"] == one.task.name]
+        facts |= {f"{one.task.name}: {key}": value for key, value in comparisons(own, seeds).items()}
+    facts |= latency(setting)
+    details = {f"{row['task']} {row['mechanism']} {row['ε']:g}": [row.pop(key) for key in SEED_KEYS] for row in rows}
+    kept.path.unlink(missing_ok=True)
+    return Record("sanitize", rows, facts, settings | {"seeds by task, mechanism and ε": details}, NOTE)
 
 
-def _ours(setting: Setting, mechanism: Mechanism, epsilon: float, members: int, cap: float = 0.5) -> System:
-    """Returns a mechanism over our classes: the integer tables that are deployed, or Laplace noise of equal exact ε."""
-    groups = setting.groups[members]
-    if mechanism is Mechanism.LAPLACE_RNM:
-        tables = [exact_table(mechanism, group.scores, epsilon, rivals.TOLERANCE) for group in groups]
-        return _system(setting, str(mechanism), epsilon, members, tables)
-    made = builder.table_set(groups, mechanism, Fraction(epsilon), lambda *_: None, setting.workers, cap)
-    name = (
-        f"{mechanism} (cap 1)" if cap == 1.0 else f"{mechanism} (K = {members})" if members != SMALL else str(mechanism)
-    )
-    return _system(setting, name, epsilon, members, [table / TOTAL for table in made.tables])
+class Kept:
+    """The rows of a run so far, in a file, so that an interrupted run goes on."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        """Reads the rows of a run with equal settings; those of another one are dropped."""
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        try:
+            held = [json.loads(line) for line in lines]
+        except ValueError:
+            held = []
+        if held and held[0] == settings:
+            self.rows = held[1:]
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+
+    def row(self, name: str, system: System) -> dict[str, Any] | None:
+        """Returns the row of a task and a mechanism, if it is there."""
+        wanted = (name, system.name, system.epsilon)
+        return next((row for row in self.rows if (row["task"], row["mechanism"], row["ε"]) == wanted), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Adds a row."""
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
-def _published(setting: Setting, epsilon: float) -> System:
-    """Returns Laplace noise of the published scale 2Δ/ε, which spends less than ε."""
-    tables = [analytic_table(Mechanism.LAPLACE_RNM, group.scores, epsilon) for group in setting.groups[SMALL]]
-    return _system(setting, "laplace_rnm (2Δ/ε)", epsilon, SMALL, tables)
+def _with_matched(setting: Setting, epsilon: float, kept: Kept) -> Iterator[System]:
+    """Yields every mechanism at an ε, then SanText+ at the attack of `channel`, which has been measured by then."""
+    yield from systems(setting, epsilon)
+    attack = next(row["uniform %"] for row in kept.rows if row["mechanism"] == CHANNEL and row["ε"] == epsilon)
+    yield at_attack(setting, epsilon, attack / 100)
 
 
-def _system(setting: Setting, name: str, epsilon: float, members: int, tables: list[np.ndarray]) -> System:
-    places = [np.array([setting.content[entry.token] for entry in group.entries]) for group in setting.groups[members]]
-    rival = Rival(tuple(Block(rows, rows, table) for rows, table in zip(places, tables, strict=True)))
-    return System(name, epsilon, rival, rival.epsilon, min(len(rows) for rows in places))
+def _measure_all(system: System, setting: Setting, seeds: int, kept: Kept, console: Console) -> None:
+    missing = [
+        one
+        for place, one in enumerate(setting.tasks)
+        if (place == 0 or system.name in EVERYWHERE) and kept.row(one.task.name, system) is None
+    ]
+    if not missing:
+        return
+    started = time.monotonic()
+    rival = system.make()
+    console.print(f"{system.name}, ε = {system.epsilon:g}: made in {time.monotonic() - started:.1f} s", style="dim")
+    exact, members = rival.epsilon, min(len(block.spans) for block in rival.blocks)
+    for one in missing:
+        started = time.monotonic()
+        row = {"task": one.task.name, "mechanism": system.name, "ε": system.epsilon}
+        kept.add(row | measure(rival, exact, members, one, setting.content, seeds))
+        level, seconds = kept.rows[-1]["accuracy"], time.monotonic() - started
+        console.print(f"  {one.task.name}: accuracy {level:.4f}, {seconds:.1f} s", style="dim")
 
 
-def measure(system: System, setting: Setting, seeds: int) -> dict[str, Any]:
-    """Returns a row: accuracy both ways, exact ε, attacks, ceiling."""
-    test_scores, train_scores = [], []
-    size = len(setting.words)
+def measure(
+    rival: Rival, exact: float, members: int, one: TaskSetting, content: np.ndarray, seeds: int
+) -> dict[str, Any]:
+    """Returns a row: accuracy both ways, exact ε, attacks, ceiling.
+
+    Args:
+        rival: The mechanism.
+        exact: Its exact ε.
+        members: The size of its smallest class: what the ceiling is for.
+        one: The task.
+        content: Ids of the words that are replaced.
+        seeds: How many times to draw.
+    """
+    clean_scores, own_scores = [], []
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
-        test_ids = sanitised(setting.test_ids, setting.unknown[1], system.rival, setting.content, rng)
-        test = task.features(test_ids, setting.test, size)
-        test_scores.append(task.accuracy(setting.clean, test, setting.test.labels))
-        train_ids = sanitised(setting.part_ids, setting.unknown[0], system.rival, setting.content, rng)
-        fitted = task.fit(task.features(train_ids, setting.part, size), setting.part.labels)
-        train_scores.append(task.accuracy(fitted, test, setting.test.labels))
-    attack, uniform, kept = attacks(system.rival, setting.prior)
-    ceiling = math.exp(system.exact) / (math.exp(system.exact) + system.members - 1) if system.exact < 700 else 1.0
+        ids = sanitised(one.target_ids, one.target.example, rival, content, rng)
+        target = one.features.of(ids, one.target)
+        clean_scores.append(task.accuracy(one.clean, target, one.target.labels))
+        ids = sanitised(one.part_ids, one.part.example, rival, content, rng)
+        fitted = task.fit(one.features.of(ids, one.part), one.part.labels)
+        own_scores.append(task.accuracy(fitted, target, one.target.labels))
+    attack, uniform, unchanged = attacks(rival, one.prior)
+    ceiling = math.exp(exact) / (math.exp(exact) + members - 1) if exact < 700 else 1.0
     return {
-        "mechanism": system.name,
-        "ε": system.epsilon,
-        "exact ε": system.exact,
-        "accuracy": statistics.mean(test_scores),
-        "± sd": statistics.stdev(test_scores) if seeds > 1 else 0.0,
-        "trained sanitised": statistics.mean(train_scores),
+        "exact ε": exact,
+        "accuracy": statistics.mean(clean_scores),
+        "± sd": statistics.stdev(clean_scores) if seeds > 1 else 0.0,
+        "trained sanitised": statistics.mean(own_scores),
         "attack %": 100 * attack,
         "uniform %": 100 * uniform,
         "ceiling %": 100 * ceiling,
-        "unchanged %": 100 * kept,
-        "seeds": [round(score, 6) for score in test_scores],
-        "seeds trained sanitised": [round(score, 6) for score in train_scores],
+        "unchanged %": 100 * unchanged,
+        SEED_KEYS[0]: [round(score, 6) for score in clean_scores],
+        SEED_KEYS[1]: [round(score, 6) for score in own_scores],
     }
-
-
-def sanitised(
-    ids: np.ndarray, unknown: np.ndarray, rival: Rival, content: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    """Returns the words after one draw for each."""
-    result = ids.copy()
-    order = np.argsort(ids, kind="stable")
-    ordered = ids[order]
-    for block in rival.blocks:
-        for row, word in enumerate(block.spans.tolist()):
-            first, last = np.searchsorted(ordered, [word, word + 1])
-            if first < last:
-                running = np.cumsum(block.table[row], dtype=np.float64)
-                drawn = np.searchsorted(running, rng.random(last - first) * running[-1], side="right")
-                result[order[first:last]] = block.outputs[np.minimum(drawn, len(block.outputs) - 1)]
-    result[unknown] = rng.choice(content, len(unknown))
-    return result
 
 
 def attacks(rival: Rival, prior: Float64[np.ndarray, "words"]) -> tuple[float, float, float]:
     """Returns the best attack's success with the words' frequencies and with uniform ones, and how often a word stays."""
     attack = uniform = kept = 0.0
-    total = sum(len(block.spans) for block in rival.blocks)
     for block in rival.blocks:
-        table = block.table.astype(np.float64)
-        attack += bayes_attack(table, prior[block.spans])
-        uniform += bayes_attack(table, np.full(len(block.spans), 1.0 / total))
-        kept += float((prior[block.spans] * np.diag(table)).sum())
-    return attack, uniform, kept
+        own = prior[block.spans]
+        best, plain = np.zeros(len(block.outputs)), np.zeros(len(block.outputs))
+        for start in range(0, len(own), ROWS):
+            rows = slice(start, start + ROWS)
+            np.maximum(best, (own[rows, None] * block.table[rows]).max(axis=0), out=best)
+            np.maximum(plain, block.table[rows].max(axis=0), out=plain)
+        attack += float(best.sum())
+        uniform += float(plain.sum())
+        kept += float((own * np.diag(block.table)).sum())
+    return attack, uniform / sum(len(block.spans) for block in rival.blocks), kept
 
 
 def latency(setting: Setting) -> dict[str, Any]:

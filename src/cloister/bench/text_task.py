@@ -1,83 +1,240 @@
-"""A text classification task that trains in seconds: sentences as word ids, naive Bayes over bags of words.
+"""Text classification tasks that train in seconds: SST-2, CoLA, AG News (one text), QNLI, MRPC (two texts).
 
-Covers: reading SST-2's files, tokens as ids of a vocabulary, a classifier whose cost is negligible beside what is
+Covers: reading the public files, words, splits, features, and a linear classifier whose cost is small beside what is
 measured. Does not cover: the accuracy that a large model would reach; every system here is measured with the same one.
+
+One text: words and pairs of neighbouring words, present or absent. Two texts: how much of either is in the other, by words
+and by vectors. scikit-learn is imported when called: only this benchmark needs it.
 """
 
-from collections.abc import Sequence
+import csv
+import itertools
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float32, Float64, Int64
 
 from cloister.errors import SettingsError
 
-SMOOTHING = 1.0
-"""Added to every count of a word."""
-UNKNOWN = -1
+PAIR_BUCKETS = 2**18
+"""Pairs of neighbouring words share this many features."""
+PAIR_FACTOR = 1_000_003
+REGULARISATION = 1.0
+"""scikit-learn's default C."""
+ROUNDS = 300
+WORD = re.compile(r"n't|'(?:s|re|ve|ll|d|m)\b|[^\W\d_]+(?:-[^\W\d_]+)*")
+TEST_SHARE, VALIDATION_SHARE = 5, 10
+"""Where only one labelled file exists, every fifth example is for testing, and every tenth of all for validation."""
 
 Ids = Int64[np.ndarray, "tokens"]
+Labels = Int64[np.ndarray, "examples"]
+Example = tuple[str, str, int]
+"""First text, second text (empty if there is one only), label."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Labelled sentences, their words one after the other."""
+    """Labelled examples, their words one after the other."""
 
     words: tuple[str, ...]
-    sentence: Ids
-    """Which sentence each word is of."""
-    labels: Int64[np.ndarray, "sentences"]
+    example: Ids
+    """Which example each word is of."""
+    second: np.ndarray
+    """Whether it is of the second text."""
+    labels: Labels
 
 
-def read_sst2(path: Path, limit: int | None = None) -> Corpus:
-    """Returns the sentences of a file with the columns sentence and label, words that hold a letter only.
+@dataclass(frozen=True)
+class Task:
+    """A task's splits: to train on, to choose options on, to report."""
+
+    name: str
+    pair: bool
+    train: Corpus
+    validation: Corpus
+    test: Corpus
+
+
+def words_of(text: str) -> list[str]:
+    """Returns the words of a text in lower case, as the Penn Treebank cuts them; numbers and punctuation are left out."""
+    return WORD.findall(text.lower().replace("n't", " n't"))
+
+
+def corpus(examples: Iterable[Example]) -> Corpus:
+    """Returns examples as a corpus."""
+    words: list[str] = []
+    owner: list[int] = []
+    second: list[bool] = []
+    labels: list[int] = []
+    for number, (*texts, label) in enumerate(examples):
+        for place, text in enumerate(texts):
+            found = words_of(str(text))
+            words += found
+            owner += [number] * len(found)
+            second += [place == 1] * len(found)
+        labels.append(int(label))
+    return Corpus(
+        tuple(words), np.array(owner, dtype=np.int64), np.array(second, dtype=bool), np.array(labels, dtype=np.int64)
+    )
+
+
+def read(folder: Path, name: str, limit: int | None = None) -> Task:
+    """Returns a task from the folder of all tasks, of every split at most `limit` examples.
 
     Raises:
-        SettingsError: the file is absent or has other columns.
+        SettingsError: the task is unknown, a file is absent or has another form.
     """
+    if name not in READERS:
+        raise SettingsError(f"There is no task {name!r}.", remedy=f"Tasks: {', '.join(READERS)}.")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()[1 : None if limit is None else limit + 1]
-        rows = [line.rsplit("\t", 1) for line in lines]
-        labels = np.array([int(label) for _, label in rows])
-    except (OSError, ValueError) as error:
+        splits = [list(itertools.islice(split, limit)) for split in READERS[name](folder / name)]
+    except (OSError, ValueError, IndexError, KeyError) as error:
         raise SettingsError(
-            f"{path} is not SST-2: {error}.", remedy="Give the folder with train.tsv and test.tsv."
+            f"{folder / name} is not {name}: {error}.", remedy="Give the folder that holds a folder for each task."
         ) from error
-    words: list[str] = []
-    sentence: list[int] = []
-    for number, (text, _) in enumerate(rows):
-        kept = [word for word in text.split() if any(letter.isalpha() for letter in word)]
-        words += kept
-        sentence += [number] * len(kept)
-    return Corpus(tuple(words), np.array(sentence, dtype=np.int64), labels)
+    if not all(splits):
+        raise SettingsError(f"A split of {folder / name} is empty.", remedy="Give the published files.")
+    train, validation, test = (corpus(split) for split in splits)
+    return Task(name, any(second for _, second, _ in splits[0]), train, validation, test)
+
+
+Splits = tuple[Iterable[Example], Iterable[Example], Iterable[Example]]
+
+
+def _lines(path: Path, header: bool) -> list[list[str]]:
+    return [line.split("\t") for line in path.read_text(encoding="utf-8-sig").splitlines()[int(header) :]]
+
+
+def _sst2(folder: Path) -> Splits:
+    def rows(name: str) -> list[Example]:
+        return [(text, "", int(label)) for text, label in _lines(folder / f"{name}.tsv", True)]
+
+    return rows("train"), rows("dev"), rows("test")
+
+
+def _cola(folder: Path) -> Splits:
+    def rows(name: str) -> list[Example]:
+        return [(cells[3], "", int(cells[1])) for cells in _lines(folder / f"{name}.tsv", False)]
+
+    train = rows("train")
+    return _but_every(train, VALIDATION_SHARE, 3), train[3::VALIDATION_SHARE], rows("dev")
+
+
+def _mrpc(folder: Path) -> Splits:
+    def rows(name: str) -> list[Example]:
+        return [(cells[3], cells[4], int(cells[0])) for cells in _lines(folder / f"{name}.tsv", True)]
+
+    train = rows("train")
+    return _but_every(train, VALIDATION_SHARE, 3), train[3::VALIDATION_SHARE], rows("dev")
+
+
+def _qnli(folder: Path) -> Splits:
+    rows = [
+        (question, text, int(label == "entailment")) for _, question, text, label in _lines(folder / "dev.tsv", True)
+    ]
+    return _one_file(rows)
+
+
+def _agnews(folder: Path) -> Splits:
+    with (folder / "test.csv").open(encoding="utf-8", newline="") as file:
+        return _one_file([(f"{title} {text}", "", int(label) - 1) for label, title, text in csv.reader(file)])
+
+
+def _one_file(rows: list[Example]) -> Splits:
+    rest = _but_every(rows, TEST_SHARE, TEST_SHARE - 1)
+    return _but_every(rest, VALIDATION_SHARE, 3), rest[3::VALIDATION_SHARE], rows[TEST_SHARE - 1 :: TEST_SHARE]
+
+
+def _but_every(rows: list[Example], step: int, first: int) -> list[Example]:
+    return [row for place, row in enumerate(rows) if place % step != first]
+
+
+READERS: dict[str, Callable[[Path], Splits]] = {
+    "sst2": _sst2, "agnews": _agnews, "cola": _cola, "qnli": _qnli, "mrpc": _mrpc,
+}  # fmt: skip
 
 
 def as_ids(words: Sequence[str], vocabulary: Sequence[str]) -> Ids:
-    """Returns the place of each word in a vocabulary, -1 for none."""
+    """Returns the place of each word in a vocabulary; of the words that it lacks, -1 for the first, -2 for the next, ..."""
     places = {word: place for place, word in reversed(list(enumerate(vocabulary)))}
-    return np.array([places.get(word, UNKNOWN) for word in words], dtype=np.int64)
+    lacking: dict[str, int] = {}
+    return np.array(
+        [places[word] if word in places else -1 - lacking.setdefault(word, len(lacking)) for word in words],
+        dtype=np.int64,
+    )
 
 
-def features(ids: Ids, corpus: Corpus, size: int) -> Any:
-    """Returns the bag of words of each sentence, sparse; words below 0 are left out."""
-    import scipy.sparse as sp
+@dataclass(frozen=True)
+class Features:
+    """What the classifier sees of a text, made from word ids."""
 
-    held = ids >= 0
-    ones = np.ones(int(held.sum()), dtype=np.float64)
-    return sp.csr_matrix((ones, (corpus.sentence[held], ids[held])), shape=(len(corpus.labels), size))
+    vectors: Float32[np.ndarray, "words hidden"]
+    """Of length 1, or 0."""
+    rarity: Float64[np.ndarray, "words"]
+    """How much a word tells: minus the logarithm of its share of the text."""
+    pair: bool
+
+    def of(self, ids: Ids, source: Corpus) -> Any:
+        """Returns one row per example, sparse for one text, dense for two; words below 0 are left out."""
+        return self._overlaps(ids, source) if self.pair else self._bags(ids, source)
+
+    def _bags(self, ids: Ids, source: Corpus) -> Any:
+        import scipy.sparse as sp
+
+        size = len(self.vectors)
+        held = ids >= 0
+        beside = held[:-1] & held[1:] & (source.example[:-1] == source.example[1:])
+        pairs = size + (ids[:-1][beside] * PAIR_FACTOR + ids[1:][beside]) % PAIR_BUCKETS
+        columns = np.concatenate([ids[held], pairs])
+        rows = np.concatenate([source.example[held], source.example[:-1][beside]])
+        shape = (len(source.labels), size + PAIR_BUCKETS)
+        bags = sp.csr_matrix((np.ones(len(rows)), (rows, columns)), shape=shape)
+        bags.data[:] = 1.0
+        return bags
+
+    def _overlaps(self, ids: Ids, source: Corpus) -> np.ndarray:
+        starts = np.searchsorted(source.example, np.arange(len(source.labels) + 1))
+        rows = []
+        for first, last in itertools.pairwise(starts.tolist()):
+            own, second = ids[first:last], source.second[first:last]
+            left, right = own[~second & (own >= 0)], own[second & (own >= 0)]
+            rows.append(self._compare(left, right))
+        return np.array(rows)
+
+    def _compare(self, left: np.ndarray, right: np.ndarray) -> list[float]:
+        """Returns shares of shared words, plain and by rarity, of shared neighbours, and likeness by vectors."""
+        row: list[float] = []
+        likeness = self.vectors[left] @ self.vectors[right].T if len(left) and len(right) else np.zeros((1, 1))
+        for mine, other, like in ((left, right, likeness), (right, left, likeness.T)):
+            weight, shared = self.rarity[mine], np.isin(mine, other)
+            pairs, others = (set(itertools.pairwise(side.tolist())) for side in (mine, other))
+            soft = np.maximum(like.max(axis=1), 0.0)
+            total = max(float(weight.sum()), 1e-9)
+            row += [float((weight * shared).sum()) / total, float(shared.sum()) / max(len(mine), 1)]
+            row += [len(pairs & others) / max(len(pairs), 1), float((weight * shared).sum())]
+            row += [
+                float((weight * soft).sum()) / total if len(soft) == len(weight) else 0.0,
+                float(np.log1p(len(mine))),
+            ]
+        row += [abs(row[5] - row[11]), row[0] * row[6]]
+        return row
 
 
-def fit(bags: Any, labels: Int64[np.ndarray, "sentences"]) -> Float64[np.ndarray, "_"]:
-    """Returns the weights of multinomial naive Bayes over words present or absent, the intercept last."""
-    present = bags.minimum(1.0)
-    sums = [np.asarray(present[labels == label].sum(axis=0)).ravel() + SMOOTHING for label in (1, 0)]
-    shares = [np.log(counts / counts.sum()) for counts in sums]
-    positive = float(labels.mean())
-    return np.append(shares[0] - shares[1], np.log(positive / (1.0 - positive)))
+def fit(rows: Any, labels: Labels) -> Any:
+    """Returns a logistic regression: linear, with scikit-learn's default penalty."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if isinstance(rows, np.ndarray):
+        return make_pipeline(StandardScaler(), LogisticRegression(C=REGULARISATION, max_iter=ROUNDS)).fit(rows, labels)
+    return LogisticRegression(C=REGULARISATION, max_iter=ROUNDS, tol=1e-3).fit(rows, labels)
 
 
-def accuracy(weights: Float64[np.ndarray, "_"], bags: Any, labels: Int64[np.ndarray, "sentences"]) -> float:
-    """Returns the share of sentences that are labelled right."""
-    return float(((bags @ weights[:-1] + weights[-1] > 0) == (labels > 0)).mean())
+def accuracy(classifier: Any, rows: Any, labels: Labels) -> float:
+    """Returns the share of examples that are labelled right."""
+    return float(classifier.score(rows, labels))

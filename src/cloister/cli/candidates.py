@@ -47,11 +47,13 @@ def build(
         int, typer.Option("--members", help="K, the least size of a class: 32 useful, 64 balanced, 256 strong (slow).")
     ] = 64,
     cap: Annotated[
-        float,
+        float | None,
         typer.Option(
-            "--cap", help="Success of the best attack on a channel: 0 a guess, 1 as on the exponential mechanism."
+            "--cap",
+            help="Success of the best attack on a channel: 0 a guess, 1 as on the exponential mechanism, 2 all that ε "
+            "allows. Default: 0.5 up to ε = 2, 1 at 4, 1.5 at 8.",
         ),
-    ] = 0.5,
+    ] = None,
     workers: Annotated[int, typer.Option("--workers", help="Processes; 0: one per core.")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", help="The file; default: candidates.cloister in the model.")
@@ -70,7 +72,7 @@ def build(
         mechanisms=tuple(dict.fromkeys(mechanism or [Mechanism.CHANNEL])),
         epsilons=tuple(dict.fromkeys(_epsilon(text) for text in epsilon or ["2"])),
         workers=workers,
-        cap=_share(cap),
+        cap=_cap(cap),
     )
     path = out or model / candidate_file.FILE_NAME
     started = time.monotonic()
@@ -220,9 +222,9 @@ def _checked(members: int, bounds: tuple[int, int]) -> int:
     return members
 
 
-def _share(cap: float) -> float:
-    if not 0 < cap <= 1:
-        raise SettingsError(f"--cap is {cap}.", remedy="Allowed: above 0, at most 1.")
+def _cap(cap: float | None) -> float | None:
+    if cap is not None and not 0 < cap <= 2:
+        raise SettingsError(f"--cap is {cap}.", remedy="Allowed: above 0, at most 2.")
     return cap
 
 

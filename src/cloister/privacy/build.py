@@ -18,7 +18,7 @@ from jaxtyping import Float32, Float64
 from cloister.privacy.candidates import CandidateClass, Candidates, Provenance, TableSet
 from cloister.privacy.certificate import TOTAL, AnyWeights, Certificate, certificate, hockey_stick
 from cloister.privacy.channel import quantise
-from cloister.privacy.linear_program import MARGIN, attack_cap, best_channel
+from cloister.privacy.linear_program import MARGIN, attack_cap, best_channel, default_cap
 from cloister.privacy.mechanism import DominatingCurve, Mechanism
 from cloister.privacy.noisy_max import Table, analytic_table, bayes_attack, exact_table
 from cloister.privacy.partition import centred, partition, sketch
@@ -29,10 +29,14 @@ CURVE_STEPS = 64
 LOW_EPSILON, DIVERSITY = 1.0, 0.05
 """Below this ε every candidate keeps at least this share of 1/K, or a class would shrink to a few representatives."""
 ZIPF_OFFSET = 10.0
-"""The public prior of a token is proportional to 1 / (rank in the vocabulary + this), half and half with uniform."""
+"""Without frequencies, a token's is taken as 1 / (rank in the vocabulary + this)."""
+LEAST_FREQUENCY = 1.0
+"""Added to every count of a public text."""
 
 Made = tuple[AnyWeights, Certificate, float, np.ndarray]
 """A table, its certificate, the best attacker's success, its hockey-stick curve."""
+
+Frequencies = Float64[np.ndarray, "entries"]
 
 Progress = Callable[[str, int, int], None]
 """Is told the stage, how much of it is done and how much there is."""
@@ -48,8 +52,9 @@ class Plan:
     epsilons: tuple[Fraction, ...] = (Fraction(2),)
     workers: int = 0
     """Processes; 0: one per core."""
-    cap: float = 0.5
-    """How successful the best attack on a channel may be: 0 as a guess, 1 as against the exponential mechanism."""
+    cap: float | None = None
+    """How successful the best attack on a channel may be: 0 as a guess, 1 as against the exponential mechanism, 2 as ε
+    allows; None: by ε (`linear_program.default_cap`)."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Group:
     type: Type
     scores: Float64[np.ndarray, "_ _"]
     prior: Float64[np.ndarray, "_"]
+    """Probabilities of the entries: half by public frequency, half uniform."""
 
 
 def build(
@@ -68,6 +74,7 @@ def build(
     provenance: Provenance,
     plan: Plan,
     progress: Progress,
+    frequencies: Frequencies | None = None,
 ) -> Candidates:
     """Returns the candidates of a vocabulary.
 
@@ -77,8 +84,9 @@ def build(
         provenance: Where they come from.
         plan: Class size, mechanisms, ε.
         progress: Is told how far it is.
+        frequencies: How often each entry is in public text; None: by Zipf's law from its place in the vocabulary.
     """
-    groups = classes(entries, vectors, plan.members, progress)
+    groups = classes(entries, vectors, plan.members, progress, frequencies)
     jobs = [(mechanism, epsilon) for mechanism in plan.mechanisms for epsilon in plan.epsilons]
     sets = [
         table_set(groups, *job, partial(progress, f"{job[0]}, ε = {float(job[1]):g}"), plan.workers, plan.cap)
@@ -97,7 +105,11 @@ def build(
 
 
 def classes(
-    entries: Sequence[Entry], vectors: Float32[np.ndarray, "entries hidden"], members: int, progress: Progress
+    entries: Sequence[Entry],
+    vectors: Float32[np.ndarray, "entries hidden"],
+    members: int,
+    progress: Progress,
+    frequencies: Frequencies | None = None,
 ) -> list[Group]:
     """Returns a partition of the entries into classes of neighbours of one type, each of at least `members` entries.
 
@@ -105,8 +117,7 @@ def classes(
     """
     directions = centred(vectors)
     short = sketch(directions)
-    rank = np.array([entry.token if entry.token >= 0 else len(entries) for entry in entries])
-    weight = 1.0 / (rank + ZIPF_OFFSET)
+    weight = _by_rank(entries) if frequencies is None else frequencies + LEAST_FREQUENCY
     made: list[Group] = []
     kinds = dict.fromkeys(entry.kind for entry in entries)
     done = 0
@@ -122,6 +133,11 @@ def classes(
             done += len(group)
             progress("classes", done, len(entries))
     return made
+
+
+def _by_rank(entries: Sequence[Entry]) -> Frequencies:
+    rank = np.array([entry.token if entry.token >= 0 else len(entries) for entry in entries])
+    return 1.0 / (rank + ZIPF_OFFSET)
 
 
 def _types(rows: list[int], entries: Sequence[Entry], depth: int, members: int) -> Iterator[tuple[Type, list[int]]]:
@@ -156,7 +172,7 @@ def table_set(
     epsilon: Fraction,
     progress: Callable[[int, int], None],
     workers: int = 0,
-    cap: float = 0.5,
+    cap: float | None = None,
 ) -> TableSet:
     """Returns one certified table for each class, made in several processes."""
     count = workers or len(os.sched_getaffinity(0))
@@ -181,7 +197,7 @@ def table_set(
 
 
 def _spread_out(
-    work: Sequence[tuple[np.ndarray, np.ndarray, Mechanism, Fraction, float]],
+    work: Sequence[tuple[np.ndarray, np.ndarray, Mechanism, Fraction, float | None]],
     count: int,
     progress: Callable[[int, int], None],
 ) -> list[Made]:
@@ -205,7 +221,11 @@ def _ignore_interrupts() -> None:
 
 
 def make_table(
-    scores: Table, prior: Float64[np.ndarray, "spans"], mechanism: Mechanism, epsilon: Fraction, cap: float = 0.5
+    scores: Table,
+    prior: Float64[np.ndarray, "spans"],
+    mechanism: Mechanism,
+    epsilon: Fraction,
+    cap: float | None = None,
 ) -> Made:
     """Returns a class's integer table, its certificate, the best attacker's success and its hockey-stick curve."""
     weights = quantise(float_table(scores, prior, mechanism, float(epsilon), cap), epsilon)
@@ -215,7 +235,7 @@ def make_table(
 
 
 def float_table(
-    scores: Table, prior: Float64[np.ndarray, "spans"], mechanism: Mechanism, epsilon: float, cap: float = 0.5
+    scores: Table, prior: Float64[np.ndarray, "spans"], mechanism: Mechanism, epsilon: float, cap: float | None = None
 ) -> Table:
     """Returns the table of a mechanism for a claim of ε, slightly below it to leave room for integers.
 
@@ -224,7 +244,10 @@ def float_table(
     inner = epsilon * (1.0 - MARGIN)
     if mechanism is Mechanism.CHANNEL:
         floor = DIVERSITY if epsilon < LOW_EPSILON else 0.0
-        return best_channel(scores, prior, epsilon, attack_cap(scores, prior, epsilon, cap), floor)
+        share = default_cap(epsilon) if cap is None else cap
+        uniform = np.full(len(scores), 1.0 / len(scores))
+        attacks = [attack_cap(scores, known, epsilon, share) for known in (prior, uniform)]
+        return best_channel(scores, prior, epsilon, attacks, floor)
     if mechanism is Mechanism.LAPLACE_RNM:
         return analytic_table(mechanism, scores, inner)
     return exact_table(mechanism, scores, inner)

@@ -85,6 +85,12 @@ def _legendre(count: int) -> tuple[np.ndarray, np.ndarray]:
     return (nodes + 1.0) / 2.0, weights / 2.0
 
 
+def randomised_response(count: int, epsilon: float) -> Table:
+    """Returns the table that keeps a span as often as ε allows, and else draws uniformly from the others."""
+    table = np.ones((count, count)) + math.expm1(epsilon) * np.identity(count)
+    return table / table.sum(axis=1, keepdims=True)
+
+
 TABLES: dict[Mechanism, Callable[[Table, float], Table]] = {
     Mechanism.LAPLACE_RNM: laplace_table,
     Mechanism.GUMBEL: gumbel_table,
