@@ -1,6 +1,8 @@
 """A sealed model, from its owner to an answer, with real processes: broker, enclave, worker."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -11,6 +13,7 @@ import pytest
 import cloister
 from cloister.assets import demo_model
 from cloister.errors import BrokerError, KeyRefusedError, SealError
+from cloister.isolation.confinement import kernel_cache
 from cloister.local.broker_link import owner_folder, stand_in_file
 from cloister.local.client import LLM
 from cloister.local.confined import ConfinedServer
@@ -137,6 +140,75 @@ def test_a_session_without_secret_memory_says_so() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT_IT], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "keys in locked pages that root can read (no memfd_secret here)" in done.stdout
+
+
+CHAT = """
+import sys
+from cloister.local.client import LLM
+with LLM(sys.argv[1]) as model:
+    assert "confined by" in model.info.tee
+    print(model.chat([{"role": "user", "content": sys.argv[2]}], adapter="red", temperature=0.0, max_new_tokens=24).text)
+"""
+
+OPENED = re.compile(r'(?:openat2?|open|creat)\((?:AT_FDCWD[^,]*, |\d+<([^>]*)>, )?"([^"]*)", ?(.*)\) = \d+<([^>]*)>')
+
+
+def test_a_whole_session_writes_nothing_that_it_must_keep(owner: Path, tmp_path: Path) -> None:
+    """The kernel is asked, by strace: every file that launcher, enclave and workers open for writing, by whatever library."""
+    strace = shutil.which("strace")
+    if strace is None:
+        pytest.skip("strace is not installed")
+    adapter, cache, log, temporary = (tmp_path / name for name in ("red", "cache", "log", "tmp"))
+    for folder in (adapter, cache, temporary):
+        folder.mkdir()
+    write_adapter(demo_model(), adapter, seed=1, **PLAIN)
+    sealed = seal(tmp_path / "package", owner, adapters={"red": adapter})
+    allow(owner)
+    prompt = "Tell me of the secret that nobody may find on a disk."
+    command = [
+        strace,
+        "-f",
+        "-qq",
+        "-y",
+        "-s",
+        "4096",
+        "-o",
+        str(log),
+        "-e",
+        "trace=open,openat,openat2,creat",
+        sys.executable,
+    ]
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    done = subprocess.run(
+        [*command, "-c", CHAT, str(sealed.folder), prompt], capture_output=True, text=True, check=False, env=environment
+    )
+    if "PTRACE" in done.stderr:
+        pytest.skip("this machine lets nobody be traced")
+    assert done.returncode == 0, done.stderr
+    answer = done.stdout.strip()
+    assert len(answer) > 20
+    written = {
+        Path(found[4])
+        for line in log.read_text(errors="replace").splitlines()
+        if (found := OPENED.search(line)) and re.search("O_WRONLY|O_RDWR|O_CREAT|O_TMPFILE", found[3])
+    }
+    allowed = (owner, Path("/dev/null"), Path("/proc"), *map(Path, kernel_cache()))
+    assert not [path for path in written if not any(path.is_relative_to(place) for place in allowed)]
+    assert any(
+        path.name.startswith("broker.db") for path in written
+    )  # the list is not empty: the broker's log is in it
+    assert not list(temporary.iterdir())
+    weights = (demo_model() / "model.safetensors").read_bytes()
+    secrets = [
+        prompt.encode(),
+        answer.encode(),
+        sealed.key,
+        *(weights[at : at + 64] for at in range(10**5, len(weights), 10**5)),
+    ]
+    for path in written:
+        if path.is_file():
+            content = path.read_bytes()
+            assert not [secret for secret in secrets if secret in content], path
 
 
 def descendants(pid: int) -> list[int]:
