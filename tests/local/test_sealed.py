@@ -165,22 +165,14 @@ def test_a_whole_session_writes_nothing_that_it_must_keep(owner: Path, tmp_path:
     sealed = seal(tmp_path / "package", owner, adapters={"red": adapter})
     allow(owner)
     prompt = "Tell me of the secret that nobody may find on a disk."
-    command = [
-        strace,
-        "-f",
-        "-qq",
-        "-y",
-        "-s",
-        "4096",
-        "-o",
-        str(log),
-        "-e",
-        "trace=open,openat,openat2,creat",
-        sys.executable,
-    ]
+    traced = ["-f", "--seccomp-bpf", "-qq", "-y", "-o", str(log), "-e", "trace=open,openat,openat2,creat"]
     environment = {**os.environ, "TMPDIR": str(temporary)}
     done = subprocess.run(
-        [*command, "-c", CHAT, str(sealed.folder), prompt], capture_output=True, text=True, check=False, env=environment
+        [strace, *traced, sys.executable, "-c", CHAT, str(sealed.folder), prompt],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     if "PTRACE" in done.stderr:
         pytest.skip("this machine lets nobody be traced")
@@ -194,17 +186,11 @@ def test_a_whole_session_writes_nothing_that_it_must_keep(owner: Path, tmp_path:
     }
     allowed = (owner, Path("/dev/null"), Path("/proc"), *map(Path, kernel_cache()))
     assert not [path for path in written if not any(path.is_relative_to(place) for place in allowed)]
-    assert any(
-        path.name.startswith("broker.db") for path in written
-    )  # the list is not empty: the broker's log is in it
+    assert any(path.name.startswith("broker.db") for path in written)  # the broker's log: the list is not empty
     assert not list(temporary.iterdir())
     weights = (demo_model() / "model.safetensors").read_bytes()
-    secrets = [
-        prompt.encode(),
-        answer.encode(),
-        sealed.key,
-        *(weights[at : at + 64] for at in range(10**5, len(weights), 10**5)),
-    ]
+    pieces = [weights[at : at + 64] for at in range(10**5, len(weights), 10**5)]
+    secrets = [prompt.encode(), answer.encode(), sealed.key, *pieces]
     for path in written:
         if path.is_file():
             content = path.read_bytes()
