@@ -52,7 +52,10 @@ def receipt() -> Receipt:
 
 
 def test_an_honest_receipt_is_accepted_offline(receipt: Receipt) -> None:
-    verdict = verify_receipt(receipt, POLICY, NOW, ROOTS, request=REQUEST, response=b"".join(PIECES))
+    wanted = frozenset({ROOT, b"another"})
+    verdict = verify_receipt(
+        receipt, POLICY, NOW, ROOTS, request=REQUEST, response=b"".join(PIECES), model_roots=wanted
+    )
     assert verdict.require().checks == CHECKS
     assert verdict.result is Result.ACCEPTED
     assert all(factor.outcome is Outcome.PASS for factor in verdict.factors)
@@ -61,7 +64,7 @@ def test_an_honest_receipt_is_accepted_offline(receipt: Receipt) -> None:
 def test_what_is_not_given_is_skipped_by_name(receipt: Receipt) -> None:
     verdict = verify_receipt(receipt, POLICY, NOW, ROOTS)
     skipped = {factor.check for factor in verdict.factors if factor.outcome is Outcome.SKIPPED}
-    assert skipped == {ReceiptCheck.REQUEST, ReceiptCheck.RESPONSE}
+    assert skipped == {ReceiptCheck.REQUEST, ReceiptCheck.RESPONSE, ReceiptCheck.MODEL}
     assert verdict.result is Result.ACCEPTED
 
 
@@ -103,7 +106,7 @@ def test_a_changed_receipt_is_refused(
     receipt: Receipt, change: Callable[[Receipt], Receipt], failed: ReceiptCheck
 ) -> None:
     verdict = verify_receipt(change(receipt), POLICY, NOW, ROOTS)
-    assert verdict.result is Result.REFUSED
+    assert verdict.result is not Result.ACCEPTED
     assert failed in {factor.check for factor in verdict.factors if factor.outcome is Outcome.FAIL}
     with pytest.raises(ReceiptError, match=failed.value):
         verdict.require()
@@ -112,6 +115,13 @@ def test_a_changed_receipt_is_refused(
 def test_another_request_or_response_is_refused(receipt: Receipt) -> None:
     for content in ({"request": REQUEST + b" "}, {"response": b"the answer."}, {"response": b""}):
         assert verify_receipt(receipt, POLICY, NOW, ROOTS, **content).result is Result.REFUSED
+
+
+def test_a_receipt_of_another_model_is_refused(receipt: Receipt) -> None:
+    for wanted in (frozenset({b""}), frozenset({b"x" * 32}), frozenset()):
+        verdict = verify_receipt(receipt, POLICY, NOW, ROOTS, model_roots=wanted)
+        assert verdict.result is Result.REFUSED
+        assert [f.check for f in verdict.factors if f.outcome is Outcome.FAIL] == [ReceiptCheck.MODEL]
 
 
 def test_a_stranger_an_unknown_measurement_and_old_collateral_are_refused(receipt: Receipt) -> None:

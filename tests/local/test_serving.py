@@ -27,8 +27,8 @@ from cloister.local.confined import ConfinedServer, parse_address
 from cloister.local.remote import RemoteLLM
 from cloister.seal.policy import parse_policy, stand_in_policy
 from cloister.wire.channel import REFUSED
-from cloister.wire.channel_messages import MAX_HELLO_BYTES, Hello, decode
 from cloister.wire.session import Sampling
+from tests.local.proxy import Proxy, only_a_hello
 
 PROMPT = "Once upon a time"
 OTHER = "The fox and the kite"
@@ -61,50 +61,6 @@ def llm(server: ConfinedServer, trusted: tuple[Policy, Roots]) -> Iterator[Remot
         yield model
 
 
-class Proxy:
-    """Passes one connection on and keeps what the client sent; cuts it after so many bytes of the enclave."""
-
-    def __init__(self, address: str, cut_after: int | None = None, change: Callable[[bytes], bytes] = bytes) -> None:
-        self.sent = b""
-        self._cut_after = cut_after
-        self._change = change
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = "{}:{}".format(*self._listener.getsockname())
-        self._target = parse_address(address)
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._thread.join(20)
-        assert not self._thread.is_alive()
-        self._listener.close()
-
-    def _serve(self) -> None:
-        client, _ = self._listener.accept()
-        with client, socket.create_connection(self._target) as enclave:
-            back = threading.Thread(target=self._back, args=(enclave, client))
-            back.start()
-            with suppress(OSError):
-                while piece := client.recv(65536):
-                    self.sent += piece
-                    enclave.sendall(piece)
-            with suppress(OSError):
-                enclave.shutdown(socket.SHUT_RDWR)
-            back.join()
-
-    def _back(self, enclave: socket.socket, client: socket.socket) -> None:
-        passed = 0
-        with suppress(OSError):
-            while piece := enclave.recv(65536):
-                if self._cut_after is not None:
-                    piece = piece[: self._cut_after - passed]
-                passed += len(piece)
-                client.sendall(self._change(piece))
-                if passed == self._cut_after:
-                    break
-            client.shutdown(socket.SHUT_RDWR)
-
-
 def test_an_answer_is_the_local_one_and_its_receipt_verifies(
     llm: RemoteLLM, trusted: tuple[Policy, Roots], expected: dict[str, str]
 ) -> None:
@@ -135,11 +91,6 @@ def test_the_enclave_is_confined_and_says_what_it_is(llm: RemoteLLM, server: Con
     assert "stand-in" in llm.info.tee
     assert "confined by" in llm.info.tee
     assert isinstance(llm, Enclave)  # what the gateway's engine takes
-
-
-def only_a_hello(sent: bytes) -> bool:
-    length = int.from_bytes(sent[:4], "big")
-    return len(sent) == 4 + length and bool(decode(sent[4:], Hello, MAX_HELLO_BYTES).nonce)
 
 
 @pytest.mark.parametrize("wrong", ["measurement", "model", "production", "changed"])

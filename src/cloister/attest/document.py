@@ -1,10 +1,12 @@
 """What a server answers to "prove what you are": evidence, and what it is bound to.
 
-Covers: the bounded encoding of the answer, and asking a host for it over HTTP. Does not cover: any decision.
+Covers: the bounded encoding of the answer, and asking a host for it over HTTP (`attest.session.ask`: over the sealed
+channel). Does not cover: any decision.
 
 Nothing secret is sent to a host before its evidence was verified: the request holds a random nonce and nothing else.
 """
 
+import http.client
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -107,7 +109,7 @@ def ask(host: str, nonce: bytes, timeout_seconds: float = 20.0) -> bytes:
             raise AttestationError(
                 f"{host} answered {error.code} to {PATH}.", remedy="Is this the address of a Cloister server?"
             ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise AttestationError(
             f"{host} does not answer: {reason}.", remedy="Check the address and the server."

@@ -9,7 +9,7 @@ Guarantees: accepted only if the evidence is good, was made for this session, an
 names the model, plan and measurement of the session.
 Does not cover: whether the answer is true; that an enclave sent no other answer; secrecy: a hash lets a reader test a guess
 about a short prompt, so show receipts to whom you would show the prompt.
-Edge cases: request and response that the caller does not have are SKIPPED by name. The time in a statement is the enclave's.
+Edge cases: request, response and model that the caller does not name are SKIPPED by name. Times in statements are the enclave's.
 """
 
 import hashlib
@@ -128,6 +128,8 @@ class ReceiptCheck(StrEnum):
     """The statement is signed by the receipt key of the session."""
     SESSION = "same-session"
     """The statement names the model, plan, measurement and kind of the session."""
+    MODEL = "model-root"
+    """The model is one of those that are wanted."""
     REQUEST = "request"
     """The request is the one in the statement."""
     RESPONSE = "response"
@@ -152,6 +154,11 @@ class ReceiptVerdict:
     evidence: Verdict
     statement: Statement
 
+    @property
+    def own_factors(self) -> tuple[ReceiptFactor, ...]:
+        """The checks of the receipt alone: what is in `evidence` is left out."""
+        return tuple(factor for factor in self.factors if factor.check is not ReceiptCheck.EVIDENCE)
+
     def require(self) -> Statement:
         """Returns the statement of an accepted receipt.
 
@@ -172,8 +179,11 @@ def verify_receipt(
     *,
     request: bytes | None = None,
     response: bytes | None = None,
+    model_roots: frozenset[bytes] | None = None,
 ) -> ReceiptVerdict:
     """Returns the verdict on a receipt, at the time `now`: pass the time of the answer to judge the evidence as of then.
+
+    `model_roots`: identities of sealed models, one of which it must be; empty bytes are that of an unsealed folder.
 
     Raises:
         EvidenceError: hello or offer do not decode.
@@ -194,11 +204,14 @@ def verify_receipt(
         _factor(ReceiptCheck.EVIDENCE, evidence.result is Result.ACCEPTED, f"{kind} evidence: {evidence.result.value}"),
         _factor(ReceiptCheck.SIGNATURE, _signed(receipt, offer), "by the receipt key of the session"),
         _factor(ReceiptCheck.SESSION, same, "model, plan, measurement and kind of the session"),
+        model_factor(said.model_root, model_roots),
         _compared(ReceiptCheck.REQUEST, said.request, request),
         _compared(ReceiptCheck.RESPONSE, said.response, response),
     )
-    failed = any(factor.outcome is Outcome.FAIL for factor in factors)
-    return ReceiptVerdict(Result.REFUSED if failed else Result.ACCEPTED, factors, evidence, said)
+    result = evidence.result
+    if result is Result.ACCEPTED and any(factor.outcome is Outcome.FAIL for factor in factors):
+        result = Result.REFUSED
+    return ReceiptVerdict(result, factors, evidence, said)
 
 
 def _signed(receipt: Receipt, offer: Offer) -> bool:
@@ -213,6 +226,16 @@ def _signed(receipt: Receipt, offer: Offer) -> bool:
 
 def _factor(check: ReceiptCheck, holds: bool, reason: str) -> ReceiptFactor:
     return ReceiptFactor(check, Outcome.PASS if holds else Outcome.FAIL, reason if holds else f"not: {reason}")
+
+
+def model_factor(root: bytes, wanted: frozenset[bytes] | None) -> ReceiptFactor:
+    """Returns whether a model's identity is one of those that are wanted; None: any."""
+    name = f"the model is {root.hex() or 'an unsealed folder, which the measurement covers'}"
+    if wanted is None:
+        return ReceiptFactor(ReceiptCheck.MODEL, Outcome.SKIPPED, f"{name}, not compared: none was named")
+    if root in wanted:
+        return ReceiptFactor(ReceiptCheck.MODEL, Outcome.PASS, name)
+    return ReceiptFactor(ReceiptCheck.MODEL, Outcome.FAIL, f"{name}, not one that is wanted")
 
 
 def _compared(check: ReceiptCheck, expected: bytes, content: bytes | None) -> ReceiptFactor:

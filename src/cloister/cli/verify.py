@@ -20,7 +20,10 @@ EXIT_CODES = {"accepted": 0, "refused": 10, "unsupported": 20, "malformed": 30}
 
 Target = Annotated[
     str,
-    typer.Argument(help="File with evidence, an attestation or a receipt, or HOST[:PORT] or URL of a server to ask."),
+    typer.Argument(
+        help="File with evidence, an attestation or a receipt; or who is asked: HOST[:PORT] of a cloister serve or of a "
+        "gateway, cloister://HOST[:PORT], http(s)://HOST[:PORT]."
+    ),
 ]
 PolicyOption = Annotated[
     Path | None, typer.Option("--policy", help="TOML file that states what is expected and who is believed.")
@@ -54,15 +57,23 @@ CollateralOption = Annotated[
 CertificateOption = Annotated[
     list[Path] | None, typer.Option("--certificate", help="With --kind: certificate files, PEM or DER, leaf first.")
 ]
+ModelRootOption = Annotated[
+    list[str] | None,
+    typer.Option("--model-root", help="Identity of a sealed model that must be served, in hexadecimal (repeatable)."),
+]
 VectorOption = Annotated[
     bool,
     typer.Option("--vector", help="The file is a conformance vector, which brings its own policy, roots and time."),
 ]
 RequestOption = Annotated[
-    Path | None, typer.Option("--request", help="File with the request that a receipt must be about.")
+    Path | None,
+    typer.Option(
+        "--request", help="File with the request that a receipt must be about; beside it, it ends in .request."
+    ),
 ]
 ResponseOption = Annotated[
-    Path | None, typer.Option("--response", help="File with the response that a receipt must be about.")
+    Path | None,
+    typer.Option("--response", help="File with the response that a receipt must be about; beside it: .response."),
 ]
 
 
@@ -79,6 +90,7 @@ def verify(
     certificate: CertificateOption = None,
     request: RequestOption = None,
     response: ResponseOption = None,
+    model_root: ModelRootOption = None,
     vector: VectorOption = False,
     as_json: o.JsonOption = False,
 ) -> None:
@@ -101,6 +113,7 @@ def verify(
             report_data=parse_hex(report_data, "--report-data") if report_data else None,
             request=content(request) if request else None,
             response=content(response) if response else None,
+            model_roots=frozenset(parse_hex(text, "--model-root") for text in model_root) if model_root else None,
         )
         bare = Bare(kind, collateral, tuple(certificate or ())) if kind else None
         try:

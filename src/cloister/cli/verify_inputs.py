@@ -3,7 +3,7 @@
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from cloister.errors import ChannelError, EvidenceError, EvidenceUnsupportedError, SettingsError
 
@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from cloister.attest.binding import Binding
     from cloister.attest.evidence import Evidence
     from cloister.attest.receipt import Receipt
+
+
+CLOISTER: Final = "cloister://"
+"""Begins the address of a server of the sealed channel."""
+HOST_SECONDS: Final = 20.0
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,8 @@ def question(target: str, nonce: bytes | None, bare: Bare | None) -> Question:
 
     Raises:
         EvidenceError, EvidenceUnsupportedError: what is there cannot be read.
-        SettingsError, AttestationError: nothing is there.
+        SettingsError, AttestationError, ChannelError: nothing is there.
     """
-    from cloister.attest.document import ask
-
     path = Path(target)
     if bare is not None:
         return Question(_bare(path, bare))
@@ -50,17 +53,49 @@ def question(target: str, nonce: bytes | None, bare: Bare | None) -> Question:
         return _read(content(path), nonce)
     if "/" in target and "://" not in target:
         raise SettingsError(f"There is no file {target}.", remedy="Give a file, HOST[:PORT] or a URL.")
-    fresh = nonce or secrets.token_bytes(32)
-    document = ask(target, fresh)
+    return _host(target, nonce or secrets.token_bytes(32))
+
+
+def _host(target: str, nonce: bytes) -> Question:
+    """Returns what a host shows for a nonce: over HTTP if its address says so, over the sealed channel if it says cloister,
+    and else over the one that it speaks. Either way the nonce is all that it is sent.
+    """
+    from cloister.attest.document import ask
+    from cloister.errors import AttestationError
+
+    if target.startswith(CLOISTER):
+        return _sealed(target.removeprefix(CLOISTER).rstrip("/"), nonce)
+    try:
+        document = ask(target, nonce)
+    except AttestationError:
+        if "://" in target:
+            raise
+        try:
+            return _sealed(target, nonce)
+        except (ChannelError, SettingsError):
+            pass
+        raise
     if _shows_nothing(document):
         raise EvidenceUnsupportedError(
             "The host answers and shows no evidence: it is not attested.",
             remedy="Send it nothing that it must not know.",
         )
-    asked = _read(document, fresh)
+    asked = _read(document, nonce)
     if asked.binding is None or asked.receipt is not None:
         raise EvidenceError("The host answered with something that no nonce of ours is bound to.")
     return asked
+
+
+def _sealed(address: str, nonce: bytes) -> Question:
+    from cloister.attest.session import ask
+    from cloister.local.remote import tcp
+    from cloister.wire.channel_messages import NONCE_BYTES
+
+    if len(nonce) != NONCE_BYTES:
+        raise SettingsError(f"--nonce has {len(nonce)} bytes.", remedy=f"The sealed channel takes {NONCE_BYTES}.")
+    with tcp(address)() as sock:
+        found = ask(sock, nonce, HOST_SECONDS)
+    return Question(found.evidence, found.binding, nonce)
 
 
 def _shows_nothing(document: bytes) -> bool:

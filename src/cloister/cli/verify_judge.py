@@ -28,6 +28,8 @@ class Expected:
     """The request that a receipt must be about."""
     response: bytes | None = None
     """The response that a receipt must be about."""
+    model_roots: frozenset[bytes] | None = None
+    """Identities of sealed models, one of which must be served."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def judge(question: Question, expected: Expected, now: datetime) -> Report:
         SettingsError: the policy or an option cannot be used.
     """
     from cloister.attest.evidence import Outcome, Result
-    from cloister.attest.receipt import ReceiptCheck, verify_receipt
+    from cloister.attest.receipt import model_factor, verify_receipt
     from cloister.attest.verify import verify as decide
 
     expectations = _expectations(question, expected)
@@ -73,9 +75,12 @@ def judge(question: Question, expected: Expected, now: datetime) -> Report:
             expectations.roots,
             request=expected.request,
             response=expected.response,
+            model_roots=expected.model_roots,
         )
-        factors += [factor for factor in found.factors if factor.check is not ReceiptCheck.EVIDENCE]
+        factors += found.own_factors
         statement = found.statement
+    elif question.binding is not None:
+        factors.append(model_factor(question.binding.model_root, expected.model_roots))
     failed = any(factor.outcome is Outcome.FAIL for factor in factors)
     result = Result.REFUSED if failed and verdict.result is Result.ACCEPTED else verdict.result
     return Report(
