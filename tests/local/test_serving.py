@@ -1,16 +1,10 @@
 """Remote clients with real processes and sockets: a confined enclave, its launcher, and everything between them and a client."""
 
-import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from datetime import UTC, datetime
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -272,53 +266,3 @@ def test_more_clients_than_there_is_room_for_are_refused_and_the_others_stay(
 def test_without_a_policy_nothing_is_sent_and_the_error_says_what_to_do(server: ConfinedServer) -> None:
     with pytest.raises(SettingsError, match=r"cloister serve --stand-in --policy-out.*--verify-policy"):
         cloister.connect(server.address)
-
-
-def test_the_command_line_from_serving_to_a_verified_receipt(tmp_path: Path, expected: dict[str, str]) -> None:
-    policy, receipt = tmp_path / "policy.toml", tmp_path / "receipt.json"
-    environment = {**os.environ, "XDG_DATA_HOME": str(tmp_path / "home"), "COLUMNS": "200"}
-    program = [sys.executable, "-m", "cloister"]
-
-    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run([*program, *arguments], capture_output=True, text=True, env=environment, check=False)
-
-    serving = subprocess.Popen(
-        [*program, "serve", str(demo_model()), "--stand-in", "--listen", "127.0.0.1:0", "--policy-out", str(policy)],
-        stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
-    try:
-        assert serving.stderr is not None
-        said = ""
-        while "measurement" not in said:
-            line = serving.stderr.readline()
-            assert line, said
-            said += line
-        address = said.partition("demo at ")[2].split(",")[0]
-        ask = ["generate", "--connect", address, "-p", PROMPT, "-t", "0", "-n", "16", "--json"]
-        refused = run(*ask)
-        assert refused.returncode == 1
-        assert "--verify-policy" in refused.stderr
-        made = run(*ask, "--verify-policy", str(policy), "--receipt", str(receipt))
-        assert made.returncode == 0, made.stderr
-        assert json.loads(made.stdout)["text"] == expected[PROMPT]
-        assert "stand-in" in made.stderr
-        checked = run("verify", str(receipt), "--policy", str(policy), "--json")
-        assert checked.returncode == 0, checked.stdout
-        assert json.loads(checked.stdout)["statement"]["checks"]["products"] > 100
-        root = said.partition("sim=")[2].split()[0]
-        other = run(*ask, "--root", f"sim={root}", "--measurement", "ab" * 32)
-        assert other.returncode == 1
-        assert "measurement" in other.stderr
-        llm = cloister.connect(address, **dict(zip(("policy", "roots"), parse_policy(policy.read_text()), strict=True)))
-        reply = llm.generate(PROMPT, **LONG)
-        next(reply.deltas())
-        serving.send_signal(signal.SIGINT)
-        assert serving.wait(30) == 0
-        with pytest.raises(ChannelError):
-            _ = reply.text
-        with pytest.raises(ChannelError, match="cannot be reached"):
-            llm.generate(PROMPT)
-    finally:
-        serving.kill()
-        serving.wait()
-        serving.stderr.close()
