@@ -390,9 +390,8 @@ def write(found: list[Case]) -> None:
             sys.exit(f"{case.name}: stated {case.result} {sorted(case.failed)}, found {verdict.result} {failed}")
         measurement = verdict.claims.measurement.hex() if verdict.claims else None
         made[case.name] = document, case.expected(measurement)
-    for old in FOLDER.iterdir():
-        if old.is_dir():
-            shutil.rmtree(old)
+    for old in _folders():
+        shutil.rmtree(old)
     for name, (document, expected) in made.items():
         (FOLDER / name).mkdir()
         (FOLDER / name / "input.json").write_bytes(document + b"\n")
@@ -400,9 +399,14 @@ def write(found: list[Case]) -> None:
     print(f"{len(made)} vectors written to {FOLDER}")
 
 
+def _folders() -> list[Path]:
+    """Returns the folders of vectors of evidence; those of receipts belong to make_receipt_vectors.py."""
+    return [path for path in FOLDER.iterdir() if path.is_dir() and not path.name.startswith("receipt-")]
+
+
 def check(found: list[Case]) -> None:
     """Ends with an error when the folder is not as stated."""
-    names = {path.name for path in FOLDER.iterdir() if path.is_dir()}
+    names = {path.name for path in _folders()}
     stated = {case.name: case for case in found}
     if names != set(stated):
         sys.exit(f"left over or missing: {sorted(names ^ set(stated))}")

@@ -155,6 +155,12 @@ class ReceiptVerdict:
     statement: Statement
 
     @property
+    def failed(self) -> tuple[str, ...]:
+        """The names of the checks that failed: those of the evidence, and those of the receipt."""
+        own = {factor.check.value for factor in self.own_factors if factor.outcome is Outcome.FAIL}
+        return tuple(sorted({check.value for check in self.evidence.failed} | own))
+
+    @property
     def own_factors(self) -> tuple[ReceiptFactor, ...]:
         """The checks of the receipt alone: what is in `evidence` is left out."""
         return tuple(factor for factor in self.factors if factor.check is not ReceiptCheck.EVIDENCE)

@@ -11,7 +11,7 @@ from cloister.errors import EvidenceError, EvidenceUnsupportedError, SettingsErr
 if TYPE_CHECKING:
     from cloister.attest.evidence import Claims, Evidence, Factor, Kind, Result, Skip, Verdict
     from cloister.attest.policy_file import Expectations
-    from cloister.attest.receipt import ReceiptFactor, Statement
+    from cloister.attest.receipt import ReceiptFactor, ReceiptVerdict, Statement
 
 ANY = "any"
 
@@ -47,6 +47,16 @@ class Report:
     def of(verdict: "Verdict") -> "Report":
         """Returns a verdict as it is."""
         return Report(verdict.kind, verdict.result, verdict.factors, verdict.claims)
+
+    @staticmethod
+    def of_receipt(verdict: "ReceiptVerdict") -> "Report":
+        """Returns a verdict on a receipt as it is."""
+        from cloister.attest.evidence import Result
+
+        found = verdict.evidence
+        factors: tuple[Factor | ReceiptFactor, ...] = (*found.factors, *verdict.own_factors)
+        statement = verdict.statement if verdict.result is Result.ACCEPTED else None
+        return Report(found.kind, verdict.result, factors, found.claims, statement)
 
 
 def judge(question: Question, expected: Expected, now: datetime) -> Report:
@@ -97,10 +107,17 @@ def unreadable(error: EvidenceError | EvidenceUnsupportedError) -> Report:
 
 
 def run_vector(document: bytes) -> tuple[Report, datetime]:
-    """Returns what comes of a conformance vector, and as of when."""
-    from cloister.attest.vector import Vector
+    """Returns what comes of a conformance vector, of evidence or of a receipt, and as of when."""
+    from cloister.attest.document import format_of
+    from cloister.attest.vector import RECEIPT_FORMAT, ReceiptVector, Vector
     from cloister.attest.verify import verify as decide
 
+    if format_of(document) == RECEIPT_FORMAT:
+        receipt = ReceiptVector.decode(document)
+        try:
+            return Report.of_receipt(receipt.verdict()), receipt.time
+        except (EvidenceError, EvidenceUnsupportedError) as error:
+            return unreadable(error), receipt.time
     case = Vector.decode(document)
     return Report.of(decide(case.evidence, case.expectations.policy, case.time, case.expectations.roots)), case.time
 
