@@ -23,7 +23,7 @@ def run(data: Path, candidates: Path, detectors: Sequence[str], smoke: bool, con
     A span counts as found if every letter and digit of it is covered; `kept %` is the share of all other letters that stay.
     """
     detection = detection_for(candidate_file.read(candidates), Mode.DETECTED, names=detectors)
-    rows = _read(data)[: 100 if smoke else None]
+    rows = read_labelled(data)[: 100 if smoke else None]
     found: dict[str, list[bool]] = {}
     other = kept = 0
     for row in track(rows, "Detecting", console=console):
@@ -55,7 +55,12 @@ def run(data: Path, candidates: Path, detectors: Sequence[str], smoke: bool, con
     return Record("detection", table, facts, {"data": data.name, "detectors": ",".join(detectors)}, note)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_labelled(path: Path) -> list[dict[str, Any]]:
+    """Returns the texts of a file of presidio-research's form.
+
+    Raises:
+        SettingsError: the file is absent, too long or of another form.
+    """
     try:
         if path.stat().st_size > MAX_BYTES:
             raise SettingsError(f"{path} is longer than {MAX_BYTES} bytes.")

@@ -25,7 +25,7 @@ from cloister.bench import text_task as task
 from cloister.bench.record import Record, commit
 from cloister.bench.sanitize_compare import SEED_KEYS, SEEDS, comparisons
 from cloister.bench.sanitize_setting import MEMBERS, SMALL, Setting, TaskSetting, prepare, sanitised
-from cloister.bench.sanitize_systems import CHANNEL, EVERYWHERE, System, at_attack, systems
+from cloister.bench.sanitize_systems import CHANNEL, EVERYWHERE, System, at_attack, large, systems
 from cloister.privacy import build as builder
 from cloister.privacy.candidates import CandidateClass, Candidates, Provenance
 from cloister.privacy.mechanism import Kind, Mechanism, Span
@@ -72,6 +72,8 @@ def run(
     for epsilon in epsilons:
         for system in _with_matched(setting, epsilon, kept):
             _measure_all(system, setting, seeds, kept, console)
+    for epsilon in epsilons:
+        _measure_all(large(setting, epsilon), setting, seeds, kept, console)
     rows = sorted(kept.rows, key=lambda row: names.index(row["task"]))
     facts: dict[str, Any] = {f"clean accuracy, {one.task.name}": one.clean_accuracy for one in setting.tasks}
     for one in setting.tasks:

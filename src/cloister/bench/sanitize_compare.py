@@ -37,7 +37,7 @@ def comparisons(rows: Sequence[Row], seeds: int) -> dict[str, str]:
             facts[f"{CHANNEL} - {theirs}, {label}, {trained}"] = ", ".join(
                 lead(mine[key], other[key], seeds) for mine, other in pairs
             )
-        for ours in (CHANNEL, LARGE):
+        for ours in (name for name in (CHANNEL, LARGE) if name in held):
             for theirs in (name for name in COMPARED if name in held):
                 for attack, label in ATTACKS.items():
                     found = _at_equal_attack(held[ours], held[theirs], attack, key, seeds)

@@ -26,10 +26,10 @@ from cloister.privacy.vocabulary import Entry, lexicon, token_entries
 
 SMALL, MEMBERS = rivals.CUSTEXT_MEMBERS, 64
 """Class sizes: CusText's own, so that mechanisms are compared in classes of equal size, and our default."""
-TRAINING = 20_000
+TRAINING = 10_000
 """Examples that are sanitised to train on, at most."""
 SPLITS = ("test", "validation")
-WORDS = 12_000
+WORDS = 8000
 SMOKE_WORDS, SMOKE_EXAMPLES = 400, 300
 STOP_WORDS = frozenset(
     re.findall(

@@ -17,6 +17,7 @@ from cloister.audit.rivals import Block, Rival
 from cloister.bench.sanitize_setting import MEMBERS, SMALL, Setting
 from cloister.privacy import build as builder
 from cloister.privacy.certificate import TOTAL
+from cloister.privacy.linear_program import default_cap
 from cloister.privacy.mechanism import Mechanism
 from cloister.privacy.noisy_max import analytic_table, exact_table
 
@@ -24,10 +25,10 @@ CHANNEL = str(Mechanism.CHANNEL)
 LARGE = f"{CHANNEL} (K = {MEMBERS})"
 MATCHED = f"SanText+ (attack of {CHANNEL})"
 """SanText+ with as large an ε as it takes."""
-EVERYWHERE = (CHANNEL, LARGE, str(Mechanism.LAPLACE_RNM), "CusText+", "SanText+")
+EVERYWHERE = (CHANNEL, str(Mechanism.LAPLACE_RNM), "CusText+", "SanText+")
 """What every task is measured with; the first task is measured with everything."""
-CAPS = (0.5, 1.0)
-"""Caps beside the default."""
+HALF = 0.5
+"""A cap beside the default, where that is larger."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,8 @@ def systems(setting: Setting, epsilon: float) -> Iterator[System]:
     for mechanism in Mechanism:
         if mechanism is not Mechanism.LAPLACE_RNM:
             yield System(str(mechanism), epsilon, partial(ours, mechanism, SMALL))
-    yield System(LARGE, epsilon, partial(ours, Mechanism.CHANNEL, MEMBERS))
-    for cap in CAPS:
-        yield System(f"{CHANNEL} (cap {cap:g})", epsilon, partial(ours, Mechanism.CHANNEL, SMALL, cap))
+    if default_cap(epsilon) > HALF:
+        yield System(f"{CHANNEL} (cap {HALF:g})", epsilon, partial(ours, Mechanism.CHANNEL, SMALL, HALF))
     tables: dict[str, Callable[..., np.ndarray]] = {
         "laplace_rnm": partial(exact_table, tolerance=rivals.TOLERANCE),
         "laplace_rnm (2Δ/ε)": analytic_table,
@@ -60,6 +60,11 @@ def systems(setting: Setting, epsilon: float) -> Iterator[System]:
     yield System("SanText+", epsilon, partial(rivals.santext_plus, *arguments))
     yield System("TEM", epsilon, partial(rivals.tem_rival, *arguments))
     yield System("RANTEXT", epsilon, lambda: rivals.rantext_rival(*arguments, np.random.default_rng(0)))
+
+
+def large(setting: Setting, epsilon: float) -> System:
+    """Returns `channel` in classes of our default size."""
+    return System(LARGE, epsilon, partial(_ours, setting, epsilon, Mechanism.CHANNEL, MEMBERS))
 
 
 def at_attack(setting: Setting, epsilon: float, attack: float) -> System:

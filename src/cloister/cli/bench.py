@@ -170,6 +170,22 @@ def detection(
     record.show(stdout())
 
 
+@app.command("restoring")
+def restoring(
+    data: Annotated[Path, typer.Option("--data", help="Labelled texts: a JSON file of presidio-research's form.")],
+    candidates: Annotated[Path, typer.Option("--candidates", help="A candidate file; each of its tables is measured.")],
+    detectors: Annotated[str, typer.Option("--detectors", help="rules, presidio, spacy:MODEL.")] = "rules,presidio",
+    smoke: SmokeOption = False,
+    out: OutOption = Path("bench/results"),
+) -> None:
+    """How many replaced spans an answer gives back, and what a text costs, at every ε of a candidate file."""
+    from cloister.bench.restoring import run
+
+    record = run(data, candidates, [name.strip() for name in detectors.split(",")], smoke, stderr())
+    record.write(out)
+    record.show(stdout())
+
+
 @app.command("gateway")
 def gateway(
     engine: Annotated[str, typer.Option("--engine", help="A running vLLM with --enable-prompt-embeds.")],
