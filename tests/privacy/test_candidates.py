@@ -15,13 +15,21 @@ import pytest
 
 from cloister.errors import CandidatesError
 from cloister.privacy import candidate_file
-from cloister.privacy.build import Plan, build
+from cloister.privacy.build import Plan, build, classes
 from cloister.privacy.candidates import Candidates, Provenance
 from cloister.privacy.certificate import TOTAL
 from cloister.privacy.mechanism import Kind, Mechanism, Sampler, Span
 from cloister.privacy.partition import centred, partition, sketch
 from cloister.privacy.sampler import TableSampler
-from cloister.privacy.vocabulary import LISTED, casing, lexicon, listed_entries, token_entries
+from cloister.privacy.vocabulary import (
+    LISTED,
+    casing,
+    frequencies_of,
+    lexicon,
+    listed_entries,
+    read_frequencies,
+    token_entries,
+)
 
 pytest.importorskip("lemminflect", reason="lemminflect is not installed")
 pytest.importorskip("vaderSentiment", reason="vaderSentiment is not installed")
@@ -54,6 +62,31 @@ def candidates() -> Candidates:
     vectors = np.random.default_rng(0).normal(size=(len(entries), 24)).astype(np.float32)
     plan = Plan(8, (Mechanism.CHANNEL, Mechanism.LAPLACE_RNM), (Fraction(2), Fraction(1, 2)), workers=1)
     return build(entries, vectors, ORIGIN, plan, quiet)
+
+
+def test_a_public_list_says_what_is_frequent(tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("good 900\nGOOD\t100\nnice 10\n")
+    table = read_frequencies(tmp_path / "list")
+    entries = token_entries([f"▁{word}" for word in WORDS[:12]], lexicon())
+    counts = frequencies_of(entries, table)
+    assert [entry.text for entry, count in zip(entries, counts, strict=True) if count] == ["good", "nice"]
+    vectors = np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)
+    (group,) = classes(entries, vectors, 12, quiet, counts)
+    prior = {entry.text: share for entry, share in zip(group.entries, group.prior, strict=True)}
+    assert prior["good"] == pytest.approx(0.5 * 1001 / 1022 + 0.5 / 12)
+    assert sum(prior.values()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("text", ["", "good\n", "good many\n", "good -1\n", "good nan\n", "good inf\n", "7\n"])
+def test_a_list_of_another_form_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "list").write_text(text)
+    with pytest.raises(CandidatesError, match="no word and count|is empty"):
+        read_frequencies(tmp_path / "list")
+    with pytest.raises(CandidatesError, match="Cannot read"):
+        read_frequencies(tmp_path / "absent")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(CandidatesError, match="Cannot read"):
+        read_frequencies(tmp_path / "binary")
 
 
 def test_every_token_that_is_text_is_in_exactly_one_class(candidates: Candidates) -> None:

@@ -54,6 +54,14 @@ def build(
             "allows. Default: 0.5 up to ε = 2, 1 at 4, 1.5 at 8.",
         ),
     ] = None,
+    frequencies: Annotated[
+        Path | None,
+        typer.Option(
+            "--frequencies",
+            help="A public list of words and counts, a pair to each line: what channels take to be frequent, and expect "
+            "attackers to know. Default: by a token's place in the vocabulary.",
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option("--workers", help="Processes; 0: one per core.")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", help="The file; default: candidates.cloister in the model.")
@@ -66,7 +74,9 @@ def build(
     """
     from cloister.privacy import build as builder
     from cloister.privacy import candidate_file
+    from cloister.privacy.vocabulary import frequencies_of, read_frequencies
 
+    table = None if frequencies is None else read_frequencies(frequencies)
     plan = builder.Plan(
         members=_checked(members, SIZES),
         mechanisms=tuple(dict.fromkeys(mechanism or [Mechanism.CHANNEL])),
@@ -78,7 +88,8 @@ def build(
     started = time.monotonic()
     with _bars(quiet) as progress:
         entries, vectors, origin = vocabulary(model, plan.members, progress)
-        made = builder.build(entries, vectors, origin, plan, progress)
+        known = None if table is None else frequencies_of(entries, table)
+        made = builder.build(entries, vectors, origin, plan, progress, known)
     digest = candidate_file.write(made, path)
     if not quiet:
         _describe(made, path, digest, time.monotonic() - started)

@@ -9,17 +9,24 @@ A type is a sequence from the general to the particular, so that a rare type can
 kind, boundary (does the token begin a word), form (word, number, punctuation, ...), casing, polarity, parts of speech.
 """
 
+import math
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float64
 
 from cloister.errors import CandidatesError
 from cloister.privacy.mechanism import Kind
 
 POLARITY = 0.5
 """A word whose mean rating on VADER's scale of -4 to 4 is beyond this is positive or negative."""
+MAX_LIST_BYTES = 2**28
+"""The longest list of frequencies that is read."""
 LISTED = (
     Kind.FIRST_NAME, Kind.LAST_NAME, Kind.CITY, Kind.COUNTRY, Kind.ORGANISATION, Kind.DISEASE, Kind.DRUG, Kind.PROFESSION,
 )  # fmt: skip
@@ -113,6 +120,40 @@ def listed_entries(kind: Kind) -> list[Entry]:
     """Returns the public list of a kind."""
     text = files("cloister.privacy").joinpath("word_lists", f"{kind}.txt").read_text(encoding="utf-8")
     return [Entry(line, -1, kind, (kind,)) for line in text.splitlines() if line]
+
+
+def read_frequencies(path: Path) -> dict[str, float]:
+    """Returns how often words occur, from a public list: a word and a count to each line, with a tab or blank between them.
+
+    Raises:
+        CandidatesError: the list is absent, too long or of another form.
+    """
+    try:
+        if path.stat().st_size > MAX_LIST_BYTES:
+            raise CandidatesError(f"{path} is longer than {MAX_LIST_BYTES} bytes.", remedy="Give a shorter list.")
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CandidatesError(f"Cannot read {path}: {error}.", remedy="Give a text file in UTF-8.") from error
+    table: dict[str, float] = {}
+    for number, line in enumerate(lines, 1):
+        word, _, count = line.strip().replace("\t", " ").rpartition(" ")
+        try:
+            value = float(count)
+        except ValueError:
+            value = math.nan
+        if not word or not 0 <= value < math.inf:
+            raise CandidatesError(
+                f"Line {number} of {path} has no word and count.", remedy="Give lines such as: house 1234."
+            )
+        table[word.strip().lower()] = table.get(word.strip().lower(), 0.0) + value
+    if not table:
+        raise CandidatesError(f"{path} is empty.", remedy="Give lines such as: house 1234.")
+    return table
+
+
+def frequencies_of(entries: Sequence[Entry], table: Mapping[str, float]) -> Float64[np.ndarray, "_"]:
+    """Returns how often each entry occurs by a list, whatever its case; 0 where the list lacks it."""
+    return np.array([table.get(entry.text.strip().lower(), 0.0) for entry in entries])
 
 
 def is_word(text: str) -> bool:
