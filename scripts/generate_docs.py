@@ -10,6 +10,7 @@ import re
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -251,6 +252,52 @@ def attention() -> str:
     )
 
 
+def sanitising() -> str:
+    """Returns the tables of what sanitising costs: accuracy and attacks by ε, the leads of `channel`, the other tasks."""
+    path = ROOT / "bench" / "results" / "sanitize.json"
+    if not path.exists():
+        return "No record yet: run `cloister bench sanitize`."
+    record = json.loads(path.read_text())
+    machine, facts = record["machine"], record["facts"]
+    tasks = list(dict.fromkeys(row["task"] for row in record["rows"]))
+    parts = [
+        f"`{record['command']}` on {machine['cores']} cores of {machine['processor'] or 'a processor'}, commit "
+        f"`{machine['commit']}`, {record['time'][:10]}. On clean text: "
+        + ", ".join(f"{task} {100 * facts[f'clean accuracy, {task}']:.1f} %" for task in tasks)
+        + "."
+    ]
+    titles = {
+        "accuracy": f"{tasks[0]}: accuracy, %, classifier trained on clean text",
+        "trained sanitised": f"{tasks[0]}: accuracy, %, classifier trained on sanitised text",
+        "uniform %": "the best attack, %, all words equally frequent",
+        "attack %": "the best attack, %, by one who knows the words' frequencies in this text",
+    }
+    parts += [_by_epsilon(record["rows"], tasks[0], key, title) for key, title in titles.items()]
+    for task in tasks[1:]:
+        for key in ("accuracy", "trained sanitised"):
+            trained = "clean" if key == "accuracy" else "sanitised"
+            parts.append(_by_epsilon(record["rows"], task, key, f"{task}: accuracy, %, trained on {trained} text"))
+    leads = [
+        {"task": task, "points (95 %)": key.split(": ", 1)[1], "": value}
+        for task in tasks
+        for key, value in facts.items()
+        if key.startswith(f"{task}: ")
+    ]
+    return "\n\n".join(
+        [*parts, "Leads in points, at each ε or at each of the other's rates within ours:", _table(leads, 3)]
+    )
+
+
+def _by_epsilon(rows: list[dict[str, Any]], task: str, key: str, title: str) -> str:
+    """Returns one row per mechanism and one column per ε."""
+    held: dict[str, dict[str, object]] = {}
+    for row in rows:
+        if row["task"] == task:
+            line = held.setdefault(row["mechanism"], {title: row["mechanism"]})
+            line[f"ε = {row['ε']:g}"] = f"{row[key] * (1 if key.endswith('%') else 100):.1f}"
+    return _table(list(held.values()))
+
+
 def _table(rows: list[dict[str, object]], words: int = 1) -> str:
     """Returns a table whose first `words` columns are words, and whose others are numbers."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -278,6 +325,7 @@ BLOCKS = {
     "threats": threats,
     "results": results,
     "attention": attention,
+    "sanitising": sanitising,
 }
 
 

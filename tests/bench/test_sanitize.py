@@ -108,13 +108,15 @@ def test_the_classifier_learns_what_words_decide(rng: np.random.Generator) -> No
 
 
 def test_the_features_of_two_texts_say_how_much_they_share(rng: np.random.Generator) -> None:
-    made = task.corpus([("red fox runs", "red fox runs", 1), ("red fox runs", "blue sea sleeps", 0), ("red", "", 0)])
+    pairs = [("red fox runs", "red fox runs", 1), ("red fox runs", "blue sea sleeps", 0), ("red", "", 0)]
+    made = task.corpus([*pairs, ("red sleeps", "sleeps blue", 0)])
     ids = task.as_ids(made.words, ["red", "fox", "runs", "blue", "sea"])
-    same, other, empty = features(5, True, rng).of(ids, made)
+    same, other, empty, outside = features(5, True, rng).of(ids, made)
     assert same[:3].tolist() == [1.0, 1.0, 1.0]
     assert other[:3].tolist() == [0.0, 0.0, 0.0]
     assert np.isfinite(empty).all()
-    assert ids[ids < 0].tolist() == [-1], "one word is outside the vocabulary"
+    assert ids[ids < 0].tolist() == [-1, -1, -1], "one word is outside the vocabulary"
+    assert outside[:3].tolist() == [0.5, 0.5, 0.0], "and can be shared"
 
 
 def test_vectors_of_words_that_stand_alike_are_alike(rng: np.random.Generator) -> None:

@@ -179,7 +179,10 @@ class Features:
     pair: bool
 
     def of(self, ids: Ids, source: Corpus) -> Any:
-        """Returns one row per example, sparse for one text, dense for two; words below 0 are left out."""
+        """Returns one row per example, sparse for one text, dense for two.
+
+        Words outside the vocabulary (ids below 0) count for two texts only.
+        """
         return self._overlaps(ids, source) if self.pair else self._bags(ids, source)
 
     def _bags(self, ids: Ids, source: Corpus) -> Any:
@@ -201,25 +204,26 @@ class Features:
         rows = []
         for first, last in itertools.pairwise(starts.tolist()):
             own, second = ids[first:last], source.second[first:last]
-            left, right = own[~second & (own >= 0)], own[second & (own >= 0)]
-            rows.append(self._compare(left, right))
+            rows.append(self._compare(own[~second], own[second]))
         return np.array(rows)
 
     def _compare(self, left: np.ndarray, right: np.ndarray) -> list[float]:
-        """Returns shares of shared words, plain and by rarity, of shared neighbours, and likeness by vectors."""
+        """Returns shares of shared words, plain and by rarity, of shared neighbours, and likeness by vectors.
+
+        A word outside the vocabulary has its number, so that it can be shared; it is as rare as the rarest.
+        """
         row: list[float] = []
-        likeness = self.vectors[left] @ self.vectors[right].T if len(left) and len(right) else np.zeros((1, 1))
-        for mine, other, like in ((left, right, likeness), (right, left, likeness.T)):
-            weight, shared = self.rarity[mine], np.isin(mine, other)
+        known = [side >= 0 for side in (left, right)]
+        likeness = self.vectors[left] * known[0][:, None] @ (self.vectors[right] * known[1][:, None]).T
+        for mine, other, held, like in ((left, right, known[0], likeness), (right, left, known[1], likeness.T)):
+            weight = np.where(held, self.rarity[mine], self.rarity.max())
+            shared = np.isin(mine, other)
             pairs, others = (set(itertools.pairwise(side.tolist())) for side in (mine, other))
-            soft = np.maximum(like.max(axis=1), 0.0)
+            soft = np.maximum(like.max(axis=1, initial=0.0), shared)
             total = max(float(weight.sum()), 1e-9)
             row += [float((weight * shared).sum()) / total, float(shared.sum()) / max(len(mine), 1)]
             row += [len(pairs & others) / max(len(pairs), 1), float((weight * shared).sum())]
-            row += [
-                float((weight * soft).sum()) / total if len(soft) == len(weight) else 0.0,
-                float(np.log1p(len(mine))),
-            ]
+            row += [float((weight * soft).sum()) / total, float(np.log1p(len(mine)))]
         row += [abs(row[5] - row[11]), row[0] * row[6]]
         return row
 
