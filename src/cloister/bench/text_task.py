@@ -214,9 +214,10 @@ class Features:
         """
         row: list[float] = []
         known = [side >= 0 for side in (left, right)]
-        likeness = self.vectors[left] * known[0][:, None] @ (self.vectors[right] * known[1][:, None]).T
+        rows = [self.vectors[np.maximum(side, 0)] * (side >= 0)[:, None] for side in (left, right)]
+        likeness = rows[0] @ rows[1].T
         for mine, other, held, like in ((left, right, known[0], likeness), (right, left, known[1], likeness.T)):
-            weight = np.where(held, self.rarity[mine], self.rarity.max())
+            weight = np.where(held, self.rarity[np.maximum(mine, 0)], self.rarity.max())
             shared = np.isin(mine, other)
             pairs, others = (set(itertools.pairwise(side.tolist())) for side in (mine, other))
             soft = np.maximum(like.max(axis=1, initial=0.0), shared)
