@@ -45,9 +45,9 @@ def test_it_holds_the_table_and_no_other_tensor(client: Sealed, plain: Embedding
 
 def test_it_opens_as_the_plain_folder_does(client: Sealed, plain: EmbeddingLayer) -> None:
     with Package.open(client.folder, ANYONE) as package:
-        opened = open_sealed_embedding(package, client.key)
+        opened = open_sealed_embedding(package, package.files(), client.key)
         with pytest.raises(PackageError, match="private weights"):
-            open_sealed_embedding(package, None)
+            open_sealed_embedding(package, package.files(), None)
         with pytest.raises(CheckpointError, match="no tensor"):
             open_sealed_model(package, client.key)
         assert package.files()["candidates.cloister"] == b"candidates of the owner"

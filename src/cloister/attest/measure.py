@@ -35,6 +35,7 @@ _LEFT_OUT: Final = frozenset({"__pycache__", "site-packages", "dist-packages"})
 _BOOKKEEPING: Final = frozenset({"RECORD", "INSTALLER", "REQUESTED", "direct_url.json"})
 """How a distribution was installed, not what it does: differs between installers."""
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]+")
+_EXTRA: Final = re.compile(r"""extra == ['"]([^'"]*)""")
 
 Progress = Callable[[int], None]
 """Told how many bytes were read since the last time."""
@@ -104,6 +105,8 @@ class Subject:
     model: Path | bytes | None
     """Folder of a plain model, or the 32-byte root of a sealed one."""
     settings: Settings
+    sanitising: bytes = b""
+    """What a sanitising enclave does to prompts, as its policy says it; empty of others."""
 
     def files(self) -> Iterator[tuple[Part, str, Path]]:
         """Yields every file with the name under which it is measured.
@@ -135,6 +138,8 @@ class Subject:
         settings = asdict(self.settings)
         settings["plan"]["rules"] = Path(self.settings.plan.rules).name  # where the file lies does not matter
         yield _item(Part.SETTINGS, "effective", msgspec.json.encode(settings, order="sorted"))
+        if self.sanitising:
+            yield _item(Part.PLAN, "sanitising", self.sanitising)
         if self.lock is None:
             yield _item(Part.LOCK, "(none)", b"")
         if self.plan is None:
@@ -146,11 +151,13 @@ class Subject:
 
 
 def this_program(
-    settings: Settings, plan: Path | None = None, model: Path | bytes | None = None, lock: Path | None = None
-) -> Subject:
+    settings: Settings, plan: Path | None = None, model: Path | bytes | None = None, lock: Path | None = None,
+    sanitising: bytes = b"",
+) -> Subject:  # fmt: skip
     """Returns the running program as what is to be measured.
 
     Without `lock`, the lock file of a source checkout if there is one; without `plan`, the rules that the settings name.
+    With `sanitising` (the policy of a sanitising enclave), also what the extra `gateway` needs.
     """
     package = Path(__file__).resolve().parent.parent
     if lock is None:
@@ -160,13 +167,14 @@ def this_program(
         plan = Path(settings.plan.rules)
     return Subject(
         package=package,
-        dependencies=required_distributions("cloister"),
+        dependencies=required_distributions("cloister", "gateway" if sanitising else ""),
         lock=lock,
         interpreter=Path(sys.executable).resolve(),
         library=Path(sysconfig.get_path("stdlib")).resolve(),
         plan=plan,
         model=model,
         settings=settings,
+        sanitising=sanitising,
     )
 
 
@@ -200,8 +208,8 @@ def measure(subject: Subject, progress: Progress = lambda _: None) -> Measuremen
     return Measurement(tuple(sorted(items)))
 
 
-def required_distributions(name: str) -> tuple[str, ...]:
-    """Returns the distributions that `name` needs without extras, and those that they need, sorted; not `name` itself."""
+def required_distributions(name: str, extra: str = "") -> tuple[str, ...]:
+    """Returns the distributions that `name` needs (with one extra), and those that they need, sorted; not `name` itself."""
     found: set[str] = set()
     waiting = [name]
     while waiting:
@@ -214,7 +222,9 @@ def required_distributions(name: str) -> tuple[str, ...]:
         for requirement in requirements:
             match = _NAME.match(requirement)
             wanted = re.sub(r"[-_.]+", "-", match.group()).lower() if match else ""
-            if wanted and "extra ==" not in requirement and wanted not in found:
+            marked = _EXTRA.search(requirement)
+            asked = marked is None or (current == name and marked.group(1) == extra)
+            if wanted and asked and wanted not in found:
                 waiting.append(wanted)
     return tuple(sorted(found - {name}))
 

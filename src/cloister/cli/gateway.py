@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import os
 import socket
+from contextlib import ExitStack
 from enum import StrEnum
 from fractions import Fraction
 from importlib.util import find_spec
@@ -16,15 +17,14 @@ from cloister.cli import options as o
 from cloister.cli.display import stderr
 from cloister.errors import SettingsError
 from cloister.gateway.engine import Transport
-from cloister.privacy.detector import Dictionary, Mode
 from cloister.privacy.mechanism import Mechanism
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
     from cloister.gateway.engine import Engine
-    from cloister.gateway.service import Gateway, Protection
-    from cloister.model.directory import ModelDirectory
+    from cloister.gateway.service import Gateway
+    from cloister.wire.sanitising import Reference
 
 PORT: Final = 8399
 LOOPBACK: Final = "127.0.0.1"
@@ -51,7 +51,8 @@ def gateway(
         Path | None,
         typer.Option(
             "--model",
-            help="Folder of the model that the engine serves: tokenizer, template, embeddings. Not with cloister://.",
+            help="Folder of the model that the engine serves, or a sealed package of its embedding layer "
+            "(cloister seal --only embeddings). Not with cloister://.",
         ),
     ] = None,
     policy: Annotated[
@@ -81,6 +82,9 @@ def gateway(
     candidates: Annotated[
         Path | None, typer.Option("--candidates", help="Candidate file; default: the one in the model's folder.")
     ] = None,
+    broker: Annotated[
+        str, typer.Option("--broker", help="For a sealed package: host:port or unix:PATH of its owner's broker.")
+    ] = "",
     detectors: Annotated[
         str, typer.Option("--detectors", help="rules, presidio, spacy:MODEL, separated by commas; patterns always run.")
     ] = "rules,presidio",
@@ -116,37 +120,37 @@ def gateway(
 
     [bold]cloister gateway --engine http://gpu-host:8000 --model ~/models/Llama-3.2-1B-Instruct --epsilon 2[/bold]
 
-    Then point any OpenAI client at http://127.0.0.1:8399/v1. With [bold]--engine enclave[/bold] the model runs in a Cloister
-    enclave on this machine instead, and prompts go to it as they are; with [bold]--engine cloister://HOST:PORT[/bold] and
-    [bold]--policy FILE[/bold] in one elsewhere, which is verified before anything leaves.
+    Then point any OpenAI client at http://127.0.0.1:8399/v1. Prompts are sanitised in a confined process of its own, the only one
+    that opens the model's embedding layer; GET /v1/attestation?nonce=HEX gives its evidence. With [bold]--engine enclave[/bold]
+    the model runs in a Cloister enclave on this machine instead, and prompts go to it as they are; with [bold]--engine
+    cloister://HOST:PORT[/bold] and [bold]--policy FILE[/bold] in one elsewhere, which is verified before anything leaves.
     """
     _check_installed()
     from cloister.gateway.service import Gateway, GatewaySettings
-    from cloister.model.directory import open_model
     from cloister.server.app import application
 
     key = _secret(key_file)
     _check_exposure(host, key)
-    with _listening(host, port) as listener:
-        protection: Protection | None = None
+    settings = GatewaySettings(session=session, restore_words=restore_words)
+    with _listening(host, port) as listener, ExitStack() as stack:
         if engine == ENCLAVE or engine.startswith(CLOISTER):
-            made: Engine = _enclave_engine(engine, model, policy)
+            service = Gateway(_enclave_engine(engine, model, policy), settings, None)
         else:
-            directory = open_model(_needed(model, policy))
-            made = _engine(engine, directory, transport, served_model, _secret(engine_key_file), timeout)
-            protection = _protection(
-                directory,
-                candidates,
-                mechanism,
-                _epsilon(epsilon),
-                Mode(str(mode).replace("-", "_")),
-                detectors,
-                dictionary,
-                public,
-                ledger,
-            )
-        settings = GatewaySettings(session=session, budget=budget, restore_words=restore_words)
-        service = Gateway(made, settings, protection)
+            from cloister.local.sanitising import SanitisingEnclave
+            from cloister.wire.sanitising import OpenGateway
+
+            _check_engine(engine, timeout)
+            asked = OpenGateway(
+                model=_absolute(_needed(model, policy)), candidates=_absolute(candidates),
+                ledger=_absolute(ledger or ledger_path()), dictionary=_absolute(dictionary),
+                public_words=_absolute(public), mechanism=mechanism,
+                epsilon=str(_epsilon(epsilon)), budget=budget, mode=str(mode).replace("-", "_"), transport=transport,
+                detectors=tuple(name.strip() for name in detectors.split(",") if name.strip()),
+            )  # fmt: skip
+            with stderr().status("opening the sanitising enclave ..."):
+                enclave = stack.enter_context(SanitisingEnclave(asked, broker))
+            made = _engine(engine, enclave.reference, transport, served_model, _secret(engine_key_file), timeout)
+            service = Gateway(made, settings, enclave.guard)
         hosts = {LOOPBACK, "localhost", "[::1]", host}
         app = application(service, hosts=tuple(hosts), origins=tuple(origins or ()), key=key)
         asyncio.run(_serve(service, app, listener, quiet))
@@ -169,6 +173,8 @@ async def _serve(service: "Gateway", app: "Starlette", listener: socket.socket, 
             console = stderr()
             console.print(f"Listening on http://{host}:{port}/v1", soft_wrap=True, highlight=False)
             console.print(f"  {described['statement']}", soft_wrap=True)
+            if "sanitiser" in described:
+                console.print(f"  Sanitised in: {described['sanitiser']['tee']}", soft_wrap=True, highlight=False)
             console.print(
                 f"  What was replaced and spent: http://{host}:{port}/v1/privacy, `cloister ledger`.", soft_wrap=True
             )
@@ -178,24 +184,26 @@ async def _serve(service: "Gateway", app: "Starlette", listener: socket.socket, 
         await service.close()
 
 
-def _engine(
-    address: str, directory: "ModelDirectory", transport: Transport, served_model: str, key: str, timeout: float
-) -> "Engine":
-    from cloister.gateway.embedding import ClientModel
-    from cloister.gateway.http import EngineClient
-    from cloister.gateway.text_engine import TextEngine
-    from cloister.gateway.vllm_engine import VllmEngine
-
+def _check_engine(address: str, timeout: float) -> None:
     if not address.startswith(("http://", "https://")):
         raise SettingsError(
             f"--engine is {address!r}.", remedy="Give http(s)://HOST:PORT, cloister://HOST:PORT or enclave."
         )
     if not 0 < timeout <= 3600:
         raise SettingsError(f"--timeout is {timeout}.", remedy="Allowed: above 0, up to 3600 seconds.")
+
+
+def _engine(
+    address: str, reference: "Reference", transport: Transport, served_model: str, key: str, timeout: float
+) -> "Engine":
+    from cloister.gateway.http import EngineClient
+    from cloister.gateway.text_engine import TextEngine
+    from cloister.gateway.vllm_engine import VllmEngine
+
     client = EngineClient(address, key, timeout)
     if transport is Transport.TEXT:
         return TextEngine(client, served_model)
-    return VllmEngine(client, ClientModel(directory), transport, served_model)
+    return VllmEngine(client, reference, transport, served_model)
 
 
 def _enclave_engine(engine: str, model: Path | None, policy: Path | None) -> "Engine":
@@ -226,30 +234,8 @@ def _needed(model: Path | None, policy: Path | None) -> Path:
     return model
 
 
-def _protection(
-    directory: "ModelDirectory",
-    candidates: Path | None,
-    mechanism: Mechanism,
-    epsilon: Fraction,
-    mode: Mode,
-    detectors: str,
-    dictionary: Path | None,
-    public: Path | None,
-    ledger: Path | None,
-) -> "Protection":
-    from cloister.gateway.protect import detection_for, sampler_for
-    from cloister.gateway.service import protection
-    from cloister.privacy.ledger import Ledger
-
-    held, sampler = sampler_for(directory, candidates, mechanism, epsilon)
-    detection = detection_for(
-        held,
-        mode,
-        names=[name.strip() for name in detectors.split(",") if name.strip()],
-        dictionary=Dictionary.read(dictionary) if dictionary else None,
-        kept=Dictionary.read(public).entries if public else (),
-    )
-    return protection(detection, sampler, Ledger.open(ledger or ledger_path()))
+def _absolute(path: Path | None) -> str:
+    return "" if path is None else str(path.expanduser().resolve())
 
 
 def _check_installed() -> None:

@@ -26,6 +26,12 @@ PlanOption = Annotated[Path | None, typer.Option("--plan", help="Plan file: what
 LockOption = Annotated[
     Path | None, typer.Option("--lock", help="Lock file of the installation; default: that of a source checkout.")
 ]
+SanitisingOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--sanitising", help="JSON file with the policy of a sanitising enclave, as GET /v1/privacy shows it."
+    ),
+]
 FilesOption = Annotated[bool, typer.Option("--files", help="List every file with its hash.")]
 ExpectOption = Annotated[
     str | None,
@@ -39,6 +45,7 @@ def measure(
     plan: PlanOption = None,
     settings: o.SettingsFile = None,
     lock: LockOption = None,
+    sanitising: SanitisingOption = None,
     files: FilesOption = False,
     expect: ExpectOption = None,
     as_json: o.JsonOption = False,
@@ -57,7 +64,7 @@ def measure(
     root = _digest(model_root, "--model-root") if model_root is not None else None
     expected = _digest(expect, "--expect") if expect is not None else None
     chosen = o.RuntimeOptions(settings).settings()
-    found = _with_progress(this_program(chosen, plan, model if root is None else root, lock))
+    found = _with_progress(this_program(chosen, plan, model if root is None else root, lock, _policy(sanitising)))
     if as_json:
         _print_json(found)
     else:
@@ -75,6 +82,19 @@ def _with_progress(subject: "Subject") -> "Measurement":
         sizes = sum(path.stat().st_size for _, _, path in subject.files() if path.is_file())
         task = progress.add_task("measuring", total=sizes)
         return take(subject, lambda size: progress.advance(task, size))
+
+
+def _policy(path: Path | None) -> bytes:
+    from cloister.errors import SettingsError
+    from cloister.model.files import parse_object
+    from cloister.wire.sanitising import canonical
+
+    if path is None:
+        return b""
+    try:
+        return canonical(parse_object(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"There is no policy in {path}: {error}.", remedy="Give a JSON object.") from error
 
 
 def _digest(text: str, name: str) -> bytes:

@@ -105,7 +105,7 @@ def _inside(
 ) -> None:
     from cloister.local.client import plain_settings
     from cloister.local.confined import parse_address
-    from cloister.local.opening import Owner
+    from cloister.local.owner import Owner
     from cloister.local.serve import EnclaveServer
     from cloister.seal.client import connect
     from cloister.seal.package import is_package

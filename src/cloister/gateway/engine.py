@@ -31,6 +31,10 @@ class EngineRequest:
     """The turns of a chat, as the protocol has them; empty for a completion."""
     text: str = field(default="", repr=False)
     """The prompt of a completion."""
+    prompt: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """The prompt as vLLM takes it (`prompt` or `prompt_embeds`), where the client makes it."""
+    length: int = 0
+    """Its tokens."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
     """Sampling options by their names in the protocol; only those that the user gave."""
     tools: Mapping[str, Any] = field(default_factory=dict, repr=False)

@@ -54,7 +54,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_.$/#:-]{1,256}")
 _ID: Final = re.compile(r"[\w.:-]{1,128}")
 
 
-def chat_outline(request: ChatRequest, change: Change, check_name: CheckName, *, salt: str = "") -> EngineRequest:
+def chat_outline(request: ChatRequest, change: Change, check_name: CheckName) -> EngineRequest:
     """Returns what is sent for a chat, with `change` applied to every text."""
     _refuse_bias(request.logit_bias)
     tools: dict[str, Any] = {}
@@ -76,11 +76,10 @@ def chat_outline(request: ChatRequest, change: Change, check_name: CheckName, *,
         choices=request.choices,
         top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         streamed=bool(request.stream),
-        cache_salt=salt,
     )
 
 
-def completion_outline(request: CompletionRequest, change: Change, *, salt: str = "") -> EngineRequest:
+def completion_outline(request: CompletionRequest, change: Change) -> EngineRequest:
     """Returns what is sent for a completion."""
     _refuse_bias(request.logit_bias)
     if request.echo:
@@ -91,7 +90,6 @@ def completion_outline(request: CompletionRequest, change: Change, *, salt: str 
         choices=request.choices,
         top_logprobs=request.logprobs,
         streamed=bool(request.stream),
-        cache_salt=salt,
     )
 
 

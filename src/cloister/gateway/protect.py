@@ -5,35 +5,23 @@ Guarantees: candidates are refused that were made from another embedding table o
 
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from pathlib import Path
 
-from cloister.errors import CandidatesError
-from cloister.model.directory import ModelDirectory
-from cloister.model.identity import embedding_sha256, tokenizer_sha256
-from cloister.privacy import candidate_file, models
+from cloister.model.embedding import EmbeddingLayer
+from cloister.privacy import models
 from cloister.privacy.candidates import Candidates
 from cloister.privacy.detector import Detection, Dictionary, Mode, standard
 from cloister.privacy.mechanism import Kind, Mechanism
 from cloister.privacy.sampler import TableSampler
 
 
-def sampler_for(
-    directory: ModelDirectory, path: Path | None, mechanism: Mechanism, epsilon: Fraction
-) -> tuple[Candidates, TableSampler]:
-    """Returns the candidates in `path` (default: in the model's folder) and a sampler over them.
+def sampler_for(held: Candidates, layer: EmbeddingLayer, mechanism: Mechanism, epsilon: Fraction) -> TableSampler:
+    """Returns a sampler over candidates.
 
     Raises:
-        CandidatesError: there are none, they are damaged, of another model, or without tables for this ε.
+        CandidatesError: they are of another model, or without tables for this ε.
     """
-    place = path or directory.path / candidate_file.FILE_NAME
-    if not place.exists():
-        raise CandidatesError(
-            f"There is no candidate file at {place}.",
-            remedy=f"Build it once: cloister candidates build {directory.path}.",
-        )
-    held = candidate_file.read(place)
-    held.check_model(embedding_sha256(directory.checkpoint), tokenizer_sha256(directory.path))
-    return held, TableSampler(held, mechanism, epsilon)
+    held.check_model(layer.sha256, layer.tokenizer_sha256)
+    return TableSampler(held, mechanism, epsilon)
 
 
 def detection_for(

@@ -1,7 +1,7 @@
-"""The gateway: sanitises a request, charges it, sends it, and restores the answer. What the server serves.
+"""The gateway: has a request sanitised and charged, sends it, and restores the answer. What the server serves.
 
-Guarantees: with an engine that is not trusted, no text of a request reaches the engine but through the sanitiser, and not
-before the ledger has its cost. Replacements and secrets stay in this process's memory.
+Guarantees: with an engine that is not trusted, nothing of a request reaches the engine but what the guard returned for it, and
+the guard returns nothing before the ledger has the cost. Swaps stay in this process's memory.
 Does not cover: what an answer tells about a secret that a model guesses from context.
 """
 
@@ -9,28 +9,27 @@ import asyncio
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
 
-from cloister.errors import CloisterError, GatewayError, PrivacyError, RequestError
+from cloister.errors import CloisterError, EnclaveLostError, GatewayError, PrivacyError, RequestError
 from cloister.gateway.engine import Engine, EngineRequest
+from cloister.gateway.guard import Guard
 from cloister.gateway.outline import change_json, chat_outline, completion_outline
-from cloister.privacy.detector import Detection
-from cloister.privacy.labels import Detector
-from cloister.privacy.ledger import Ledger
-from cloister.privacy.mechanism import Sampler
-from cloister.privacy.restore import Restorer, ReverseMap, restore
-from cloister.privacy.sanitiser import Sanitised, Sanitiser
-from cloister.privacy.statements import ADJACENCY, CLASS_POLICY, FORMATS, POSITIONS
+from cloister.privacy.labels import Format, Label, Numeral
+from cloister.privacy.mechanism import Kind
+from cloister.privacy.restore import Restorer, ReverseMap, Swap, restore
 from cloister.server.schema import ChatRequest, CompletionRequest, Delta, KeptReceipt, ToolCall
 from cloister.wire.channel_messages import NONCE_BYTES
+from cloister.wire.sanitising import Protected
 
-MAX_SESSIONS: Final = 256
 REMEMBERED_REQUESTS: Final = 20
 RESTORED_SHOWN: Final = 1000
+
+_LABELS: Final[Mapping[str, Label]] = {str(label): label for labels in (Kind, Format, Numeral) for label in labels}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,39 +38,26 @@ class GatewaySettings:
 
     session: str = "default"
     """The session of clients that name none."""
-    budget: float = 16.0
-    """The ε of a session, after which it is refused."""
     restore_words: bool = False
     """Put back ordinary words too, not only names, values and identifiers."""
 
 
 @dataclass
 class _Session:
-    sanitiser: Sanitiser
+    name: str
     salt: str = field(default_factory=lambda: secrets.token_urlsafe(32))
     requests: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=REMEMBERED_REQUESTS))
 
 
-@dataclass(frozen=True)
-class Protection:
-    """What a gateway before an untrusted engine needs."""
-
-    detection: Detection
-    sampler: Sampler
-    ledger: Ledger
-    names: tuple[Detector, ...] = ()
-    """What looks through the names of tools, which are sent as they are."""
-
-
 class Gateway:
-    """A `server.schema.Service` before one engine. Without `protection`, the engine must be trusted."""
+    """A `server.schema.Service` before one engine. Without a guard, the engine must be trusted."""
 
-    def __init__(self, engine: Engine, settings: GatewaySettings, protection: Protection | None) -> None:
-        if protection is None and not engine.trusted:
+    def __init__(self, engine: Engine, settings: GatewaySettings, guard: Guard | None) -> None:
+        if guard is None and not engine.trusted:
             raise PrivacyError("An engine that is no enclave is not served without sanitising.")
         self._engine = engine
         self._settings = settings
-        self._protection = None if engine.trusted else protection
+        self._guard = None if engine.trusted else guard
         self._sessions: dict[str, _Session] = {}
         self._opening = asyncio.Lock()
         self._started = time.time()
@@ -86,14 +72,14 @@ class Gateway:
             CloisterError: the engine or the ledger cannot be used.
         """
         await self._engine.start()
-        if self._protection is not None:
-            await self._session("")
+        if self._guard is not None:
+            await self._session(self._guard, "")
 
     async def close(self) -> None:
-        """Closes engine and ledger."""
+        """Closes engine and guard."""
         await self._engine.close()
-        if self._protection is not None:
-            self._protection.ledger.close()
+        if self._guard is not None:
+            await asyncio.to_thread(self._guard.close)
 
     def models(self) -> list[dict[str, Any]]:
         """See `Service`."""
@@ -102,21 +88,13 @@ class Gateway:
     async def chat(self, request: ChatRequest, session: str) -> AsyncIterator[Delta]:
         """See `Service`."""
         self._check_model(request.model)
-
-        def outline(change: Callable[[str], str], salt: str) -> EngineRequest:
-            return chat_outline(request, change, self._check_name, salt=salt)
-
-        async for delta in self._answer(outline, session):
+        async for delta in self._answer(request, session):
             yield delta
 
     async def complete(self, request: CompletionRequest, session: str) -> AsyncIterator[Delta]:
         """See `Service`."""
         self._check_model(request.model)
-
-        def outline(change: Callable[[str], str], salt: str) -> EngineRequest:
-            return completion_outline(request, change, salt=salt)
-
-        async for delta in self._answer(outline, session):
+        async for delta in self._answer(request, session):
             yield delta
 
     async def attestation(self, nonce: str) -> dict[str, Any]:
@@ -125,12 +103,16 @@ class Gateway:
         if nonce and self._engine.trusted and (shown := await self._engine.attestation(_nonce(nonce))) is not None:
             document: dict[str, Any] = msgspec.json.decode(shown.encode())
             return document
-        if not self._engine.trusted:
+        if self._guard is not None:
+            evidence = await asyncio.to_thread(self._guard.attestation, _nonce(nonce)) if nonce else None
+            if evidence is not None:
+                return msgspec.json.decode(evidence, type=dict[str, Any])
             return {
                 "kind": "none",
                 "statement": "The engine is not attested and not trusted: prompts reach it sanitised only.",
                 "nonce": nonce,
                 "engine": described,
+                "sanitiser": self._guard.describe(),
             }
         return {
             "kind": described.get("tee"),
@@ -145,37 +127,19 @@ class Gateway:
 
     async def privacy(self, session: str, *, reveal: bool = False) -> dict[str, Any]:
         """See `Service`; `reveal` adds what the user wrote for each replacement."""
-        if self._protection is None:
+        if self._guard is None:
             return {"sanitised": False, "statement": "The engine is an enclave: prompts are not sanitised."}
         name = session or self._settings.session
-        if name not in self._protection.ledger.sessions():
+        figures = await asyncio.to_thread(self._guard.report, name)
+        if figures is None:
             raise RequestError(f"There is no session {name!r}.", remedy="It begins with its first request.")
-        report = await asyncio.to_thread(self._protection.ledger.report, name)
         opened = self._sessions.get(name)
         requests = [_shown(request, reveal) for request in opened.requests] if opened else []
         return {
             "sanitised": True,
             "session": name,
-            "policy": report.policy,
-            "budget": report.budget,
-            "filter": {"rule": report.rule, "used": report.used, "most": report.most},
-            "epsilon": {
-                "span": report.largest,
-                "session": report.spent.epsilon,
-                "bound": report.spent.bound,
-                "basic": report.spent.basic,
-                "zcdp": report.spent.zcdp,
-                "pld": report.spent.pld,
-                "delta": report.delta,
-            },
-            "prompts": report.prompts,
-            "spans": report.spans,
-            "repeated": report.repeated,
-            "pseudonyms": report.pseudonyms,
-            "adjacency": ADJACENCY,
-            "class_policy": CLASS_POLICY,
-            "positions": POSITIONS[str(self._protection.detection.mode)],
-            "formats": FORMATS,
+            **figures,
+            "sanitiser": self._guard.describe(),
             "requests": requests,
         }
 
@@ -183,11 +147,15 @@ class Gateway:
         """See `Service`."""
         described = self._engine.describe()
         try:
+            if self._guard is not None:
+                self._guard.alive()
             await asyncio.wait_for(self._engine.alive(), timeout=10)
+        except EnclaveLostError as error:
+            return {"status": "sanitiser unavailable", "reason": error.message, "engine": described}
         except (CloisterError, TimeoutError) as error:
             reason = error.message if isinstance(error, CloisterError) else "it does not answer within 10 seconds"
             return {"status": "engine unavailable", "reason": reason, "engine": described}
-        return {"status": "ok", "engine": described, "sanitised": self._protection is not None}
+        return {"status": "ok", "engine": described, "sanitised": self._guard is not None}
 
     def metrics(self) -> str:
         """See `Service`."""
@@ -206,47 +174,30 @@ class Gateway:
         lines += [f'cloister_tokens_total{{direction="{way}"}} {n}' for way, n in sorted(self._tokens.items())]
         return "\n".join(lines) + "\n"
 
-    async def _answer(
-        self, outline: Callable[[Callable[[str], str], str], EngineRequest], session: str
-    ) -> AsyncIterator[Delta]:
+    async def _answer(self, request: ChatRequest | CompletionRequest, session: str) -> AsyncIterator[Delta]:
         reverse, report = ReverseMap(()), {}
         try:
-            if self._protection is None:
-                request = outline(_as_it_is, "")
+            if self._guard is None:
+                sent = _as_it_is(request)
             else:
-                opened = await self._session(session)
-                request, sanitised = await self._sanitised(outline, opened)
-                reverse = ReverseMap(sanitised.swaps, sanitised.kept, words=self._settings.restore_words)
-                report = self._noted(opened, sanitised, reverse)
+                opened = await self._session(self._guard, session)
+                protected = await asyncio.to_thread(self._guard.protect, opened.name, request)
+                reverse = ReverseMap(_swaps(protected), protected.kept, words=self._settings.restore_words)
+                report = self._noted(opened, protected, reverse)
+                sent = _engine_request(protected, opened.salt)
         except CloisterError:
             self._counts["refused"] += 1
             raise
         self._counts["prompts"] += 1
         restorers: dict[int, Restorer] = {}
         try:
-            async for delta in self._engine.generate(request):
+            async for delta in self._engine.generate(sent):
                 yield self._restored(delta, restorers, reverse, report)
         except GatewayError:
             self._counts["engine_failures"] += 1
             raise
         finally:
             self._counts["restored"] += sum(len(restorer.restored) for restorer in restorers.values())
-
-    async def _sanitised(
-        self, outline: Callable[[Callable[[str], str], str], EngineRequest], session: _Session
-    ) -> tuple[EngineRequest, Sanitised]:
-        """Returns what is sent: all texts of the request are sanitised and charged as one prompt."""
-        texts: dict[str, None] = {}
-
-        def note(text: str) -> str:
-            texts[text] = None
-            return text
-
-        outline(note, "")
-        own = list(texts)
-        sanitised = await asyncio.to_thread(session.sanitiser.sanitise, own)
-        sent = dict(zip(own, sanitised.texts, strict=True))
-        return outline(sent.__getitem__, session.salt), sanitised
 
     def _restored(
         self, delta: Delta, restorers: dict[int, Restorer], reverse: ReverseMap, report: Mapping[str, Any]
@@ -269,46 +220,30 @@ class Gateway:
             index=delta.index, text=text, tool_calls=calls, finish=delta.finish, logprobs=delta.logprobs, report=added
         )
 
-    def _noted(self, session: _Session, sanitised: Sanitised, reverse: ReverseMap) -> dict[str, Any]:
-        self._replaced.update(sanitised.counts)
-        self._counts["draws"] += sanitised.drawn
-        swaps = [{"label": str(s.label), "sent": s.sent, "own": s.own} for s in sanitised.swaps]
+    def _noted(self, session: _Session, protected: Protected, reverse: ReverseMap) -> dict[str, Any]:
+        self._replaced.update(protected.counts)
+        self._counts["draws"] += protected.drawn
+        charge = protected.charge
         report = {
-            "session": session.sanitiser.session,
-            "prompt": sanitised.receipt.prompt,
-            "replaced": sanitised.counts,
-            "drawn": sanitised.drawn,
-            "epsilon": sanitised.receipt.spent.basic,
-            "budget": {
-                "rule": sanitised.receipt.filter,
-                "used": sanitised.receipt.used,
-                "left": sanitised.receipt.left,
-            },
+            "session": session.name,
+            "prompt": charge.prompt,
+            "replaced": protected.counts,
+            "drawn": protected.drawn,
+            "epsilon": charge.epsilon,
+            "budget": {"rule": charge.rule, "used": charge.used, "left": charge.left},
             "ambiguous": reverse.ambiguous,
         }
+        swaps = [{"label": swap.label, "sent": swap.sent, "own": swap.own} for swap in protected.swaps]
         session.requests.append({**report, "swaps": swaps})
         return report
 
-    async def _session(self, name: str) -> _Session:
+    async def _session(self, guard: Guard, name: str) -> _Session:
         name = name or self._settings.session
         async with self._opening:
             opened = self._sessions.get(name)
-            if opened is None and self._protection is not None:
-                if len(self._sessions) >= MAX_SESSIONS:
-                    raise RequestError(
-                        f"There are {MAX_SESSIONS} sessions.", remedy="Restart the gateway, or reuse one."
-                    )
-                made = await asyncio.to_thread(
-                    Sanitiser,
-                    self._protection.detection,
-                    self._protection.sampler,
-                    self._protection.ledger,
-                    name,
-                    self._settings.budget,
-                )
-                opened = self._sessions[name] = _Session(made)
-        if opened is None:
-            raise PrivacyError("There is nothing to sanitise with.")
+            if opened is None:
+                await asyncio.to_thread(guard.open_session, name)
+                opened = self._sessions[name] = _Session(name)
         return opened
 
     def _check_model(self, model: str) -> None:
@@ -316,46 +251,6 @@ class Gateway:
             raise RequestError(
                 f"The model {model[:100]!r} is not served here.", remedy=f"Ask for {self._engine.model!r}."
             )
-
-    def _check_name(self, name: str) -> None:
-        if self._protection is None:
-            return
-        words = " ".join(_words_of(name)).lower()
-        for detector in self._protection.names:
-            if detector.find(words) or detector.find(name):
-                raise RequestError(
-                    "The name of a tool or parameter holds something sensitive, and names are sent as they are.",
-                    remedy="Rename it.",
-                )
-
-
-def protection(
-    detection: Detection, sampler: Sampler, ledger: Ledger, names: tuple[Detector, ...] | None = None
-) -> Protection:
-    """Returns a protection; names of tools are looked through by the detectors of words and formats, not of capitals."""
-    if names is None:
-        names = tuple(
-            detector for detector in detection.detectors if detector.name.startswith(("dictionary", "patterns"))
-        )
-    return Protection(detection, sampler, ledger, names)
-
-
-def _nonce(text: str) -> bytes:
-    try:
-        nonce = bytes.fromhex(text)
-    except ValueError:
-        nonce = b""
-    if len(nonce) != NONCE_BYTES:
-        raise RequestError(
-            "The nonce is not one.", remedy=f"Give {2 * NONCE_BYTES} hexadecimal digits, drawn at random."
-        )
-    return nonce
-
-
-def _words_of(name: str) -> list[str]:
-    """Returns the words of a name in snake_case or camelCase."""
-    spaced = "".join(f" {c}" if c.isupper() else c if c.isalnum() else " " for c in name)
-    return spaced.split()
 
 
 def _restored_call(call: ToolCall, reverse: ReverseMap) -> ToolCall:
@@ -372,5 +267,42 @@ def _shown(request: Mapping[str, Any], reveal: bool) -> dict[str, Any]:
     return {**request, "swaps": swaps}
 
 
-def _as_it_is(text: str) -> str:
-    return text
+def _as_it_is(request: ChatRequest | CompletionRequest) -> EngineRequest:
+    """Returns what an enclave gets: every text as the user wrote it."""
+    if isinstance(request, ChatRequest):
+        return chat_outline(request, str, lambda _: None)
+    return completion_outline(request, str)
+
+
+def _engine_request(protected: Protected, salt: str) -> EngineRequest:
+    return EngineRequest(
+        messages=protected.messages,
+        text=protected.text,
+        prompt=protected.prompt,
+        length=protected.length,
+        sampling=protected.sampling,
+        tools=protected.tools,
+        choices=protected.choices,
+        top_logprobs=protected.top_logprobs,
+        streamed=protected.streamed,
+        cache_salt=salt,
+    )
+
+
+def _swaps(protected: Protected) -> list[Swap]:
+    try:
+        return [Swap(swap.sent, swap.own, _LABELS[swap.label]) for swap in protected.swaps]
+    except KeyError:
+        raise PrivacyError("The sanitiser names a kind of span that there is not; nothing was sent.") from None
+
+
+def _nonce(text: str) -> bytes:
+    try:
+        nonce = bytes.fromhex(text)
+    except ValueError:
+        nonce = b""
+    if len(nonce) != NONCE_BYTES:
+        raise RequestError(
+            "The nonce is not one.", remedy=f"Give {2 * NONCE_BYTES} hexadecimal digits, drawn at random."
+        )
+    return nonce

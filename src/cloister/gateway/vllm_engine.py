@@ -1,31 +1,23 @@
-"""The back-end for vLLM: the gateway makes the prompt, and sends its tokens or its embeddings.
+"""The back-end for vLLM: the client makes the prompt (`gateway.embedding`), and this sends its tokens or its embeddings.
 
-Covers: chat template and tokenizer on the client, so that both transports agree token for token; a server with another
-tokenizer, another embedding table or a shorter context (found at the start, by public texts); answers that count other
-prompt lengths. Embeddings travel as a dense matrix of their own (`gateway.tensor_file`), with a `cache_salt` for each session.
+Covers: a server with another tokenizer, another embedding table or a shorter context (found at the start, by public texts);
+answers that count other prompt lengths. Every prompt carries its session's `cache_salt`.
 Does not cover: confidentiality by embedding. A server that knows the table reads the tokens off the embeddings, so the
 privacy of both transports is that of the sanitised text; embeddings serve a table that the server keeps to itself.
 """
 
-import base64
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any, Final
 
-from cloister.errors import EngineProtocolError, RequestError
+from cloister.errors import EngineProtocolError, PrivacyError, RequestError
 from cloister.gateway.completions import StreamReader
-from cloister.gateway.embedding import ClientModel
+from cloister.gateway.embedding import PUBLIC_TEXTS
 from cloister.gateway.engine import EngineRequest, Transport
 from cloister.gateway.http import EngineClient
-from cloister.gateway.tensor_file import tensor_file
 from cloister.gateway.text_engine import served_model
 from cloister.server.schema import Delta
-
-PUBLIC_TEXTS: Final = (
-    "The quick brown fox jumps over the lazy dog. 0123456789",
-    'Grüße, naïve café!\n\t{"key": [1, 2.5]} <tag> 日本語 😀',
-)
-"""What is sent to compare tokenizers and tables; it says nothing about the user."""
+from cloister.wire.sanitising import Reference
 
 PROBE_TOKENS: Final = 4
 MOST_DIFFERENCE: Final = 0.15
@@ -37,12 +29,15 @@ class VllmEngine:
 
     trusted = False
 
-    def __init__(self, client: EngineClient, model: ClientModel, transport: Transport, served_model: str = "") -> None:
+    def __init__(
+        self, client: EngineClient, reference: Reference, transport: Transport, served_model: str = ""
+    ) -> None:
+        """`reference`: what the client's part of the model makes of the public texts."""
         self._client = client
-        self._local = model
+        self._reference = reference
         self._transport = transport
         self._model = served_model
-        self._context = model.directory.spec.max_positions
+        self._context = reference.context
 
     @property
     def model(self) -> str:
@@ -67,8 +62,8 @@ class VllmEngine:
         """
         self._model, context = await served_model(self._client, self._model)
         self._context = min(self._context, context or self._context)
-        for text in PUBLIC_TEXTS:
-            await self._compare_tokenizers(text)
+        for text, tokens in zip(PUBLIC_TEXTS, self._reference.tokens, strict=True):
+            await self._compare_tokenizers(text, tokens)
         if self._transport in (Transport.EMBEDS, Transport.MIXED):
             await self._compare_tables()
 
@@ -88,13 +83,14 @@ class VllmEngine:
             async for delta in self._mixed(request):
                 yield delta
             return
-        tokens = self._local.tokens(request)
-        body = self._body(request, len(tokens)) | self._prompt(tokens)
+        if not request.prompt:
+            raise PrivacyError("A request came without the prompt that its guard makes; nothing was sent.")
+        body = self._body(request) | dict(request.prompt)
         reader = StreamReader(request.choices, as_chat=request.chat)
         async for event in self._client.answer("/v1/completions", body, streamed=request.streamed):
             for delta in reader.read(event):
-                if delta.usage is not None and delta.usage.prompt_tokens != len(tokens):
-                    raise _miscounted(delta.usage.prompt_tokens, str(len(tokens)))
+                if delta.usage is not None and delta.usage.prompt_tokens != request.length:
+                    raise _miscounted(delta.usage.prompt_tokens, str(request.length))
                 yield delta
         reader.check_ended()
 
@@ -102,7 +98,8 @@ class VllmEngine:
         """See `Engine`."""
         await self._client.close()
 
-    def _body(self, request: EngineRequest, length: int) -> dict[str, Any]:
+    def _body(self, request: EngineRequest) -> dict[str, Any]:
+        length = request.length
         room = self._context - length
         wanted = request.sampling.get("max_tokens", room if request.chat else min(16, room))
         if room < 1 or wanted > room:
@@ -123,27 +120,9 @@ class VllmEngine:
             body["cache_salt"] = request.cache_salt
         return body
 
-    def _prompt(self, tokens: Sequence[int]) -> dict[str, Any]:
-        return (
-            {"prompt": list(tokens)} if self._transport is Transport.TOKENS else {"prompt_embeds": self._file(tokens)}
-        )
-
-    def _file(self, tokens: Sequence[int]) -> str:
-        file = tensor_file(self._local.rows(tokens), self._local.dtype, self._local.width)
-        return base64.b64encode(file).decode("ascii")
-
     async def _mixed(self, request: EngineRequest) -> AsyncIterator[Delta]:
-        """Yields the answer to a chat whose turns are parts of embeddings; the server's template puts them together."""
-        messages, length = [], 0
-        for message in request.messages:
-            made = dict(message)
-            text = made.get("content")
-            if text:
-                tokens = self._local.directory.tokenizer.encode(text, add_special_tokens=False)
-                length += len(tokens)
-                made["content"] = [{"type": "prompt_embeds", "data": self._file(tokens)}]
-            messages.append(made)
-        body = self._body(request, length) | dict(request.tools) | {"messages": messages}
+        """Yields the answer to a chat whose turns are parts of embeddings."""
+        body = self._body(request) | dict(request.tools) | {"messages": list(request.messages)}
         if "max_tokens" not in request.sampling:
             del body["max_tokens"]  # the server knows how much its template takes
         if request.top_logprobs is not None:
@@ -151,26 +130,25 @@ class VllmEngine:
         reader = StreamReader(request.choices, as_chat=True)
         async for event in self._client.answer("/v1/chat/completions", body, streamed=request.streamed):
             for delta in reader.read(event):
-                if delta.usage is not None and delta.usage.prompt_tokens < length:
-                    raise _miscounted(delta.usage.prompt_tokens, f"at least {length}")
+                if delta.usage is not None and delta.usage.prompt_tokens < request.length:
+                    raise _miscounted(delta.usage.prompt_tokens, f"at least {request.length}")
                 yield delta
         reader.check_ended()
 
-    async def _compare_tokenizers(self, text: str) -> None:
+    async def _compare_tokenizers(self, text: str, tokens: tuple[int, ...]) -> None:
         answer = await self._client.post(
             "/tokenize", {"model": self._model, "prompt": text, "add_special_tokens": False}
         )
-        if answer.get("tokens") != self._local.directory.tokenizer.encode(text, add_special_tokens=False):
+        if answer.get("tokens") != list(tokens):
             raise EngineProtocolError(
-                f"The engine at {self._client.address} has another tokenizer than {self._local.directory.path}.",
+                f"The engine at {self._client.address} has another tokenizer than {self._reference.model}.",
                 remedy="Give --model the folder of the very model that it serves.",
             )
 
     async def _compare_tables(self) -> None:
         """Raises unless a public prompt has the same continuation as tokens and as embeddings of this client's table."""
-        tokens = self._local.directory.tokenizer.encode(PUBLIC_TEXTS[0])
         answers = []
-        for prompt in ({"prompt": tokens}, self._prompt(tokens)):
+        for prompt in (self._reference.by_tokens, self._reference.by_embeddings):
             body = {"model": self._model, "max_tokens": PROBE_TOKENS, "temperature": 0, "logprobs": 1, **prompt}
             answers.append(_probed(await self._client.post("/v1/completions", body)))
         (first, its), (second, other) = answers
@@ -179,7 +157,7 @@ class VllmEngine:
         )
         if not close or first[:1] != second[:1]:
             raise EngineProtocolError(
-                f"The engine at {self._client.address} has another embedding table than {self._local.directory.path}.",
+                f"The engine at {self._client.address} has another embedding table than {self._reference.model}.",
                 remedy="Give --model the folder of the very model that it serves, or use --transport tokens.",
             )
 

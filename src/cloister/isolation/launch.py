@@ -9,7 +9,7 @@ import sys
 
 from cloister.isolation.confinement import Applied, Confinement, confine
 
-_ALLOWED = ("cloister.local.enclave_process", "cloister.accelerator.worker")
+_ALLOWED = ("cloister.local.enclave_process", "cloister.local.sanitising_process", "cloister.accelerator.worker")
 
 
 def command(confinement: Confinement, module: str, *arguments: str) -> list[str]:

@@ -35,7 +35,8 @@ from cloister.isolation.secret_memory import keys_at_rest
 from cloister.local.accelerators import open_accelerators
 from cloister.local.assembly import assemble, outside, register, release
 from cloister.local.connections import Connections
-from cloister.local.opening import Owner, open_asked, stand_in
+from cloister.local.opening import open_asked
+from cloister.local.owner import Owner, stand_in
 from cloister.local.voices import describe, voice_of
 from cloister.local.workbench import chosen_plan
 from cloister.local.workers import StartWorker, asking

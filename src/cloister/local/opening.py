@@ -5,19 +5,16 @@ Guarantees: private weights of a package are never lent: where the plan would, a
 Does not cover: who may have the key (the broker); plain directories, which whoever keeps them can read.
 """
 
-import socket
 from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
-from cloister.attest.evidence import Attester
 from cloister.attest.measure import measure, this_program
-from cloister.attest.sim import Installation, SimAttester
 from cloister.enclave.prepare import product_parts
 from cloister.errors import AdapterError, SealError
 from cloister.isolation.secret_memory import Secret
+from cloister.local.owner import Owner
 from cloister.local.voices import check_name
 from cloister.model.adapters import Adapter, open_adapter
 from cloister.model.directory import ModelDirectory, open_model
@@ -33,21 +30,6 @@ Report = Callable[[int, int], None]
 
 SEALED_THREAT = "private-model"
 """The threat profile of a model whose weights are private and which is asked for with the default one."""
-
-
-@dataclass(frozen=True)
-class Owner:
-    """The way to the owner's broker, as the launcher prepared it."""
-
-    broker: socket.socket
-    """Connected."""
-    attester: Callable[[bytes], Attester]
-    """Given the measurement of this program, returns what proves that it runs here."""
-
-
-def stand_in(file: Path) -> Callable[[bytes], Attester]:
-    """Returns what makes the stand-in of an installation out of a measurement."""
-    return lambda measurement: SimAttester(Installation.open(file, datetime.now(UTC)), measurement)
 
 
 @dataclass(frozen=True)

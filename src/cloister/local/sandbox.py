@@ -1,4 +1,7 @@
-"""What the enclave process of this machine may do: read the model, write the cache of compiled kernels, use its sockets."""
+"""What the enclave processes of this machine may do: read the model, write the cache of compiled kernels, use their sockets.
+
+The sanitising enclave compiles nothing; it reads the client's part of a model, candidates and word lists, and writes the ledger.
+"""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,6 +12,7 @@ from cloister.isolation.confinement import Confinement, kernel_cache
 from cloister.settings import Settings
 
 MODULE: Final = "cloister.local.enclave_process"
+SANITISING: Final = "cloister.local.sanitising_process"
 
 _NAMES: Final = (
     "/etc/hosts", "/etc/resolv.conf", "/etc/nsswitch.conf", "/etc/host.conf", "/etc/gai.conf", "/run/systemd/resolve",
@@ -36,6 +40,17 @@ def enclave_confinement(folders: Iterable[Path], settings: Settings) -> Confinem
 def enclave_command(confinement: Confinement, environment: Mapping[str, str], *arguments: str) -> list[str]:
     """Returns the command that starts an enclave: inside bubblewrap where there is one."""
     return confined_command(confinement, MODULE, environment, *arguments)
+
+
+def sanitising_confinement(folder: Path, files: Iterable[Path], write: Iterable[Path]) -> Confinement:
+    """Returns what a sanitising enclave may do: read a model's folder and some files, write the folder of its ledger."""
+    read = {str(path) for path in (*_reachable(folder), *files)} | set(_MEASURED)
+    return Confinement(read=tuple(sorted(path for path in read if Path(path).exists())), write=tuple(map(str, write)))
+
+
+def sanitising_command(confinement: Confinement, environment: Mapping[str, str], *arguments: str) -> list[str]:
+    """Returns the command that starts a sanitising enclave: inside bubblewrap where there is one."""
+    return confined_command(confinement, SANITISING, environment, *arguments)
 
 
 def _reachable(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from cloister.errors import CloisterError, WireError
 from cloister.local.client import error_of
 from cloister.local.connections import Connections
 from cloister.local.enclave_process import EnclaveProcess, Serving
-from cloister.local.opening import Owner
+from cloister.local.owner import Owner
 from cloister.wire.session import Failure, Open, Progress, Ready, SessionSocket
 
 

@@ -118,15 +118,24 @@ def read(path: Path) -> Candidates:
     Raises:
         CandidatesError: the file is absent, damaged, of another version, or holds a table that spends more than it claims.
     """
+    return parse(read_bytes(path), path)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Returns the content of a candidate file, unread; raises `CandidatesError` if it is absent or too long."""
     try:
         size = path.stat().st_size
         if not path.is_file() or size > MAX_FILE_BYTES:
             raise CandidatesError(f"{path} is no candidate file.", remedy="Build one: cloister candidates build MODEL.")
-        data = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise CandidatesError(f"{path} does not exist.", remedy="Build it: cloister candidates build MODEL.") from error
     except OSError as error:
         raise CandidatesError(f"Cannot read {path}: {error.strerror}.", remedy="Check its permissions.") from error
+
+
+def parse(data: bytes, path: Path) -> Candidates:
+    """Returns the candidates in the content of the file `path`; errors as for `read`."""
     try:
         return _decode(data)
     except CandidatesError as error:

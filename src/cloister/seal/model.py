@@ -4,6 +4,7 @@ from cloister.model.adapters import Adapter, adapter_of
 from cloister.model.checkpoint import Checkpoint, check_tensors
 from cloister.model.directory import ModelDirectory
 from cloister.model.embedding import EmbeddingLayer
+from cloister.model.files import Folder
 from cloister.model.generation_config import read_generation_defaults
 from cloister.model.spec import ModelSpec, read_spec
 from cloister.model.tokenizer import Tokenizer
@@ -32,13 +33,13 @@ def open_sealed_model(package: Package, key: Key | None) -> ModelDirectory:
     return ModelDirectory(package.folder, spec, checkpoint, tokenizer, defaults)
 
 
-def open_sealed_embedding(package: Package, key: Key | None) -> EmbeddingLayer:
+def open_sealed_embedding(package: Package, files: Folder, key: Key | None) -> EmbeddingLayer:
     """Returns the client's part of the model in a checked package, in memory; no other tensor is decrypted.
 
-    Errors as for `open_sealed_model`.
+    `files` are the package's own. Errors as for `open_sealed_model`.
     """
     with package.checkpoint(key) as checkpoint:
-        return EmbeddingLayer.read(package.folder, package.files(), checkpoint)
+        return EmbeddingLayer.read(package.folder, files, checkpoint)
 
 
 def open_sealed_adapter(package: Package, key: Key | None, name: str, spec: ModelSpec, base: Checkpoint) -> Adapter:

@@ -8,7 +8,15 @@ from typing import Any
 
 import msgspec
 
-from cloister.errors import BudgetError, CloisterError, EngineUnreachableError, GatewayError, PrivacyError, RequestError
+from cloister.errors import (
+    BudgetError,
+    CloisterError,
+    EnclaveLostError,
+    EngineUnreachableError,
+    GatewayError,
+    PrivacyError,
+    RequestError,
+)
 from cloister.server.schema import Delta, ToolCall, Usage
 
 DONE = b"data: [DONE]\n\n"
@@ -105,7 +113,7 @@ def status_of(error: CloisterError) -> int:
         return 400
     if isinstance(error, BudgetError):
         return 403
-    if isinstance(error, EngineUnreachableError):
+    if isinstance(error, EngineUnreachableError | EnclaveLostError):
         return 503
     return 502 if isinstance(error, GatewayError) else 500
 

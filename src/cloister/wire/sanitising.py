@@ -8,7 +8,12 @@ Guarantees: an unknown message, an unknown field, a wrong type or an oversized f
 Does not cover: confidentiality on the way: both ends are on one machine, and what is answered may leave it.
 """
 
+import hashlib
+import select
 import socket
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Annotated, Any, Final, Generic, TypeVar
 
 import msgspec
@@ -135,8 +140,6 @@ class Ready(_Message, frozen=True, kw_only=True):
     """What runs it, in words."""
     policy: bytes
     """What is done to prompts, as canonical JSON: its SHA-256 is in the evidence."""
-    policy_text: str
-    """How the ledger calls it; empty for a split."""
     root: bytes = b""
     """Identity of a sealed package."""
     reference: Reference | None = None
@@ -232,6 +235,7 @@ Answer = Ready | Protected | Rows | Report | Shown | Done | Failure
 
 Sent = TypeVar("Sent", Question, Answer)
 Received = TypeVar("Received", Question, Answer)
+Expected = TypeVar("Expected", Ready, Protected, Rows, Report, Shown, Done)
 
 
 class FramedSocket(Generic[Sent, Received]):
@@ -318,9 +322,78 @@ def answering_end(sock: socket.socket) -> "FramedSocket[Answer, Question]":
     return FramedSocket(sock, Question, MAX_QUESTION_BYTES)
 
 
-def lost(reason: str) -> EnclaveLostError:
-    """Returns the error of an enclave that is gone."""
-    return EnclaveLostError(
-        f"The sanitising enclave is gone: {reason}. Nothing was sent.",
-        remedy="Start the gateway again: the ledger has what was spent, and replacements are drawn anew.",
-    )
+def canonical(policy: Mapping[str, Any]) -> bytes:
+    """Returns a policy as JSON in the one form that is measured and hashed."""
+    return msgspec.json.encode(policy, order="sorted")
+
+
+def policy_digest(policy: bytes) -> bytes:
+    """Returns what evidence holds of a policy in canonical form: 32 bytes."""
+    return hashlib.sha256(policy).digest()
+
+
+class Asker:
+    """Asks over one socket, a question at a time; safe to call from threads.
+
+    Guarantees: after anything but a whole answer in time the connection is closed, so no answer is ever taken for that to another
+    question.
+    """
+
+    def __init__(self, sock: socket.socket, why_lost: Callable[[], str]) -> None:
+        """`why_lost` says what became of the other end."""
+        self._socket = sock
+        self._framed = asking_end(sock)
+        self._why = why_lost
+        self._turn = threading.Lock()
+        self._open = True
+
+    def ask(self, question: Question, kind: type[Expected], timeout_seconds: float | None = None) -> Expected:
+        """Returns the answer.
+
+        Raises:
+            CloisterError: what the enclave refuses with.
+            EnclaveLostError: it is gone, does not answer in time, or answers something else.
+        """
+        with self._turn:
+            if not self._open:
+                raise self._lost(self._why())
+            try:
+                self._socket.settimeout(timeout_seconds)
+                self._framed.send(question)
+                answer = self._framed.receive()
+            except WireError as error:
+                self.close()
+                timed_out = isinstance(error.__cause__, TimeoutError)
+                reason = f"no answer within {timeout_seconds:g} s" if timed_out else self._why()
+                raise self._lost(reason) from error
+            except BaseException:
+                self.close()
+                raise
+            if isinstance(answer, kind):
+                return answer
+            if not isinstance(answer, Failure):
+                self.close()
+                raise self._lost(self._why() if answer is None else f"it answered {type(answer).__name__}")
+        raise answer.error()
+
+    def close(self) -> None:
+        """Closes this end; harmless twice, also while a question is asked."""
+        self._open = False
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the other end has been there so far; looks without asking."""
+        if self._open and not self._turn.locked():
+            readable, _, _ = select.select([self._socket], [], [], 0)
+            self._open = not readable  # between questions only an end can be read
+        return self._open
+
+    @staticmethod
+    def _lost(reason: str) -> EnclaveLostError:
+        return EnclaveLostError(
+            f"The sanitising enclave is gone: {reason}. Nothing was sent.",
+            remedy="Start this program again: the ledger has what was spent; replacements are drawn anew.",
+        )

@@ -1,0 +1,27 @@
+"""What an enclave of this machine needs to ask a model's owner for a key: a way to the broker, and a proof of what runs here."""
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cloister.attest.evidence import Attester
+from cloister.attest.sim import Installation, SimAttester
+
+Prove = Callable[[bytes], Attester]
+"""Given the measurement of this program, returns what proves that it runs here."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The way to the owner's broker, as the launcher prepared it."""
+
+    broker: socket.socket
+    """Connected."""
+    attester: Prove
+
+
+def stand_in(file: Path) -> Prove:
+    """Returns what makes the stand-in of an installation out of a measurement."""
+    return lambda measurement: SimAttester(Installation.open(file, datetime.now(UTC)), measurement)

@@ -1,0 +1,140 @@
+"""Starts the sanitising enclave, and hands out the ways to it: for a gateway a `ConfinedGuard`, for a split client its askers.
+
+Covers: starting it confined (bubblewrap where there is one), the way to a broker for a sealed package, ending it.
+Guarantees: the process inherits its sockets and nothing else of this one; Ctrl-C in the terminal does not end it in the middle.
+Does not cover: protection from this machine's administrator: on a plain machine it is a software stand-in, which says so.
+"""
+
+import os
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Final
+
+from cloister.errors import EnclaveLostError, LedgerError
+from cloister.gateway.confined import ConfinedGuard
+from cloister.isolation import bubblewrap
+from cloister.local.broker_link import BrokerLink, stand_in_file
+from cloister.local.sandbox import sanitising_command, sanitising_confinement
+from cloister.seal.package import is_package
+from cloister.wire.sanitising import Asker, OpenGateway, OpenSplit, Ready, Reference
+
+KEPT_VARIABLES: Final = ("PATH", "LANG", "LC_ALL", "HOME")
+"""Environment variables that the process inherits."""
+_OPENING_SECONDS: Final = 900.0
+_ENDING_SECONDS: Final = 10.0
+
+
+class SanitisingEnclave:
+    """A sanitising enclave that runs. Use it as a context manager, or call `close`."""
+
+    def __init__(self, asked: OpenGateway | OpenSplit, broker: str = "") -> None:
+        """Starts it and opens what is asked for; `broker`: address of the package's owner's broker, empty for this user's own.
+
+        Raises:
+            CloisterError: what is asked for cannot be opened, or the broker refuses; the error says why.
+            EnclaveLostError: the process ended instead.
+        """
+        model, ledger = Path(asked.model), Path(asked.ledger)
+        _make_folder(ledger)
+        stand_in = stand_in_file()
+        files = [Path(name) for name in _files(asked) if name]
+        self._scratch = tempfile.TemporaryDirectory(
+            prefix="cloister-"
+        )  # libraries look for a place for temporary files
+        confinement = sanitising_confinement(model, [*files, stand_in], [ledger.parent, Path(self._scratch.name)])
+        environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+        environment["TMPDIR"] = self._scratch.name
+        link = BrokerLink(broker) if is_package(model) else None
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        pairs = {"prompts": socket.socketpair(), "reports": socket.socketpair()}
+        handed = {name: theirs.fileno() for name, (_, theirs) in pairs.items()}
+        if link is not None:
+            handed["broker"] = link.theirs.fileno()
+        arguments = [f"--{name}={number}" for name, number in handed.items()]
+        try:
+            self._process = bubblewrap.start(
+                sanitising_command(confinement, environment, *arguments, f"--stand-in={stand_in}"),
+                pass_fds=tuple(handed.values()),
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                env=environment,
+                start_new_session=True,
+            )
+        finally:
+            for _, theirs in pairs.values():
+                theirs.close()
+        self.prompts, self.reports = (Asker(ours, self._why_lost) for ours, _ in pairs.values())
+        try:
+            self.ready = self.prompts.ask(asked, Ready, _OPENING_SECONDS)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            if link is not None:
+                link.close()
+
+    @property
+    def guard(self) -> ConfinedGuard:
+        """What a gateway asks; closing it ends the enclave."""
+        return ConfinedGuard(self.prompts, self.reports, self.ready, self.close)
+
+    @property
+    def reference(self) -> Reference:
+        """What the client's part makes of public texts."""
+        if self.ready.reference is None:
+            raise EnclaveLostError("The sanitising enclave was opened for something else.")
+        return self.ready.reference
+
+    @property
+    def pid(self) -> int:
+        """The process that was started: the enclave itself, or bubblewrap with the enclave inside."""
+        return self._process.pid
+
+    def close(self) -> None:
+        """Ends the process; harmless when already closed."""
+        self.prompts.close()
+        self.reports.close()
+        try:
+            self._process.wait(timeout=_ENDING_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+        self._scratch.cleanup()
+
+    def __enter__(self) -> "SanitisingEnclave":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _why_lost(self) -> str:
+        """Returns what became of the process: its exit code and the last line that it wrote."""
+        if self._log.closed:
+            return "it was closed"
+        try:
+            code: int | None = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            code = None
+        self._log.seek(0)
+        lines = self._log.read()[-4000:].decode("utf-8", "replace").strip().splitlines()
+        return f"the process ended (exit code {code}): {lines[-1][:200] if lines else 'it wrote nothing'}"
+
+
+def _files(asked: OpenGateway | OpenSplit) -> tuple[str, ...]:
+    if isinstance(asked, OpenGateway):
+        return asked.candidates, asked.dictionary, asked.public_words
+    return (asked.corpus,)
+
+
+def _make_folder(ledger: Path) -> None:
+    try:
+        ledger.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise LedgerError(
+            f"The folder of the ledger {ledger} cannot be made: {error.strerror}.", remedy="Give another --ledger."
+        ) from error
