@@ -17,13 +17,15 @@ openai = pytest.importorskip("openai", reason="the openai client is not installe
 import uvicorn  # noqa: E402
 
 from cloister.assets import demo_model as demo_folder  # noqa: E402
-from cloister.gateway.embedding import ClientModel  # noqa: E402
+from cloister.gateway.embedding import PromptMaker  # noqa: E402
 from cloister.gateway.engine import Engine, Transport  # noqa: E402
 from cloister.gateway.http import EngineClient  # noqa: E402
-from cloister.gateway.service import Gateway, GatewaySettings, protection  # noqa: E402
+from cloister.gateway.sanitising import PromptGuard, protection  # noqa: E402
+from cloister.gateway.service import Gateway, GatewaySettings  # noqa: E402
 from cloister.gateway.text_engine import TextEngine  # noqa: E402
 from cloister.gateway.vllm_engine import VllmEngine  # noqa: E402
 from cloister.model.directory import ModelDirectory, open_model  # noqa: E402
+from cloister.model.embedding import EmbeddingLayer  # noqa: E402
 from cloister.privacy.detector import Dictionary, Mode, standard  # noqa: E402
 from cloister.privacy.ledger import Ledger  # noqa: E402
 from cloister.privacy.mechanism import Kind  # noqa: E402
@@ -45,6 +47,11 @@ class Running:
 @pytest.fixture(scope="session")
 def demo_model() -> ModelDirectory:
     return open_model(demo_folder())
+
+
+@pytest.fixture(scope="session")
+def client_part() -> EmbeddingLayer:
+    return EmbeddingLayer.open(Path(demo_folder()))
 
 
 @pytest.fixture
@@ -86,9 +93,9 @@ def serve() -> Iterator[Callable[[Gateway], Running]]:
 
 @pytest.fixture
 def start(
-    engine: StubEngine, serve: Callable[..., Running], demo_model: ModelDirectory, tmp_path: Path
+    engine: StubEngine, serve: Callable[..., Running], client_part: EmbeddingLayer, tmp_path: Path
 ) -> Callable[..., Running]:
-    """Starts a gateway before the stub."""
+    """Starts a gateway before the stub, its sanitiser in the same process (`test_confined` has it in an enclave)."""
 
     def begin(
         transport: Transport = Transport.TEXT,
@@ -100,16 +107,14 @@ def start(
         **options: object,
     ) -> Running:
         client = EngineClient(engine.address, "engine-key", timeout)
-        made: Engine
-        if transport is Transport.TEXT:
-            made = TextEngine(client, vllm=True)
-        else:
-            made = VllmEngine(client, ClientModel(demo_model), transport)
+        maker = PromptMaker(client_part, transport, 512)
+        text = transport is Transport.TEXT
+        made: Engine = TextEngine(client, vllm=True) if text else VllmEngine(client, maker.reference(), transport)
         dictionary = Dictionary({"bluebird": Kind.ORGANISATION})
         detection = standard(mode=mode, lists=GAZETTEER, dictionary=dictionary)
-        guard = protection(detection, ListSampler(), Ledger.open(tmp_path / "ledger.db"))
-        settings = GatewaySettings(budget=budget, restore_words=words)
-        running = serve(Gateway(made, settings, guard), **options)
+        parts = protection(detection, ListSampler(), Ledger.open(tmp_path / "ledger.db"))
+        settings = GatewaySettings(restore_words=words)
+        running = serve(Gateway(made, settings, PromptGuard(parts, maker, budget)), **options)
         running.engine = engine
         engine.forget()
         return running

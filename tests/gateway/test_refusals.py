@@ -12,13 +12,13 @@ import openai
 import pytest
 
 from cloister.errors import EngineProtocolError, EngineUnreachableError, PrivacyError
-from cloister.gateway.embedding import ClientModel
+from cloister.gateway.embedding import PromptMaker
 from cloister.gateway.engine import Transport
 from cloister.gateway.http import EngineClient
 from cloister.gateway.service import Gateway, GatewaySettings
 from cloister.gateway.text_engine import TextEngine
 from cloister.gateway.vllm_engine import VllmEngine
-from cloister.model.directory import ModelDirectory
+from cloister.model.embedding import EmbeddingLayer
 from tests.gateway.conftest import Running
 from tests.gateway.stub_engine import StubEngine
 
@@ -155,12 +155,13 @@ def test_an_engine_that_reads_another_length(start: Start) -> None:
 @pytest.mark.parametrize(
     ("behaviour", "says"), [("other tokenizer", "another tokenizer"), ("other table", "another embedding table")]
 )
-def test_an_engine_of_another_model(engine: StubEngine, demo_model: ModelDirectory, behaviour: str, says: str) -> None:
+def test_an_engine_of_another_model(engine: StubEngine, client_part: EmbeddingLayer, behaviour: str, says: str) -> None:
     import asyncio
 
     async def begin() -> None:
         async with EngineClient(engine.address) as client:
-            await VllmEngine(client, ClientModel(demo_model), Transport.EMBEDS).start()
+            reference = PromptMaker(client_part, Transport.EMBEDS, 512).reference()
+            await VllmEngine(client, reference, Transport.EMBEDS).start()
 
     engine.behaviour = behaviour
     with pytest.raises(EngineProtocolError, match=says):
@@ -267,7 +268,7 @@ def test_a_key_is_asked_for_where_one_is_set(start: Start) -> None:
 def test_a_ledger_that_fails_stops_the_prompt(start: Start, tmp_path: Path) -> None:
     running = start()
     assert running.engine is not None
-    running.service._protection.ledger._db.execute("DROP TABLE charges")  # type: ignore[union-attr]
+    running.service._guard._parts.ledger._db.execute("DROP TABLE charges")  # type: ignore[union-attr]
     status, answer = post(running, EVERYTHING)
     assert status == 500
     assert "damaged" in message(answer)

@@ -103,16 +103,16 @@ def open_gateway(asked: OpenGateway, owner: Owner | None, prove: Prove) -> Opene
     public = Dictionary.read(Path(asked.public_words)).entries if asked.public_words else {}
     with client_folder(Path(asked.model)) as folder:
         content, place = folder.candidates(asked.candidates)
+        held = candidate_file.parse(content, place)
         policy = canonical(
             {
                 "format": FORMAT, "sanitiser": "spans", "transport": transport, "mechanism": mechanism,
                 "epsilon": str(epsilon), "budget": asked.budget, "mode": mode, "detectors": asked.detectors,
-                "candidates": hashlib.sha256(content).hexdigest(),
+                "candidates": content[-candidate_file.DIGEST_BYTES :].hex(),
                 "dictionary": _words_digest({} if dictionary is None else dictionary.entries),
                 "public_words": _words_digest(public),
             }
         )  # fmt: skip
-        held = candidate_file.parse(content, place)
         layer = folder.open(owner, measured, policy)
         files = folder.files if folder.files is not None else folder.path
         context = read_spec(files / "config.json").max_positions
