@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import tempfile
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Final
@@ -37,19 +38,32 @@ class SanitisingEnclave:
             CloisterError: what is asked for cannot be opened, or the broker refuses; the error says why.
             EnclaveLostError: the process ended instead.
         """
-        model, ledger = Path(asked.model), Path(asked.ledger)
+        link = BrokerLink(broker) if is_package(Path(asked.model)) else None
+        with closing(link) if link is not None else nullcontext():
+            with ExitStack() as failed:
+                self._scratch = tempfile.TemporaryDirectory(
+                    prefix="cloister-"
+                )  # libraries look for a place of the kind
+                failed.callback(self._scratch.cleanup)
+                self._log: IO[bytes] = failed.enter_context(tempfile.TemporaryFile())
+                ways = [failed.enter_context(closing(end)) for end in self._start(asked, link)]
+                failed.pop_all()  # from here on, `close` ends all of it
+            self.prompts, self.reports = (Asker(way, self._why_lost) for way in ways)
+            try:
+                self.ready = self.prompts.ask(asked, Ready, _OPENING_SECONDS)
+            except BaseException:
+                self.close()
+                raise
+
+    def _start(self, asked: OpenGateway | OpenSplit, link: BrokerLink | None) -> list[socket.socket]:
+        """Starts the process and returns our ends of the ways to it."""
+        ledger, scratch, stand_in = Path(asked.ledger), Path(self._scratch.name), stand_in_file()
         _make_folder(ledger)
-        stand_in = stand_in_file()
-        files = [Path(name) for name in _files(asked) if name]
-        self._scratch = tempfile.TemporaryDirectory(
-            prefix="cloister-"
-        )  # libraries look for a place for temporary files
-        confinement = sanitising_confinement(model, [*files, stand_in], [ledger.parent, Path(self._scratch.name)])
+        files = [stand_in, *(Path(name) for name in _files(asked) if name)]
+        confinement = sanitising_confinement(Path(asked.model), files, [ledger.parent, scratch])
         environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
-        environment["TMPDIR"] = self._scratch.name
-        link = BrokerLink(broker) if is_package(model) else None
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        pairs = {"prompts": socket.socketpair(), "reports": socket.socketpair()}
+        environment["TMPDIR"] = str(scratch)
+        pairs = {name: socket.socketpair() for name in ("prompts", "reports")}
         handed = {name: theirs.fileno() for name, (_, theirs) in pairs.items()}
         if link is not None:
             handed["broker"] = link.theirs.fileno()
@@ -64,18 +78,14 @@ class SanitisingEnclave:
                 env=environment,
                 start_new_session=True,
             )
+        except BaseException:
+            for ours, _ in pairs.values():
+                ours.close()
+            raise
         finally:
             for _, theirs in pairs.values():
                 theirs.close()
-        self.prompts, self.reports = (Asker(ours, self._why_lost) for ours, _ in pairs.values())
-        try:
-            self.ready = self.prompts.ask(asked, Ready, _OPENING_SECONDS)
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            if link is not None:
-                link.close()
+        return [ours for ours, _ in pairs.values()]
 
     @property
     def guard(self) -> ConfinedGuard:
