@@ -180,7 +180,7 @@ def from_toml(path: Path) -> Settings:
     """Returns the settings of a TOML file with the tables `blinding`, `accelerator`, `cache`, `plan` and `seal`."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"Cannot read settings from {path}: {error}.", remedy="Give a TOML file.") from error
     return from_mapping(Settings, values)
 

@@ -5,8 +5,10 @@ anything else, and anything slow, is a finding.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -27,6 +29,7 @@ from cloister.attest.verify import verify
 from cloister.errors import CloisterError
 
 EXPECTED = (CloisterError,)
+VECTORS = Path(__file__).parents[1] / "vectors"
 
 Target = Callable[[bytes], object]
 
@@ -122,6 +125,25 @@ def good_inputs(found: dict[str, Sample]) -> dict[str, bytes]:
         "gpu report": found["gpu"].evidence.report,
         "chain": quote.parse(sgx.report).pck_chain,
     }
+
+
+def of_vectors(name: str) -> list[bytes]:
+    """Returns what the conformance vectors have for a parser of whole documents."""
+    documents = [path.read_bytes() for path in sorted(VECTORS.glob("*/input.json"))]
+    if name == "vector":
+        return documents
+    return [vector.Vector.decode(document).evidence for document in documents] if name == "evidence" else []
+
+
+def reports_of_vectors(kind: str) -> list[bytes]:
+    """Returns the reports of one kind in the conformance vectors, good and bad."""
+    found = []
+    for evidence in of_vectors("evidence"):
+        with suppress(CloisterError):
+            decoded = Evidence.decode(evidence)
+            if decoded.kind == kind:
+                found.append(decoded.report)
+    return found
 
 
 def signature_target(found: dict[str, Sample]) -> Target:

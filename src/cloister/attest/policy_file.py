@@ -82,7 +82,7 @@ def read(path: Path, report_data: bytes | Skip) -> Expectations:
         if len(content) > MAX_BYTES:
             raise SettingsError(f"The policy {path} is longer than {MAX_BYTES} bytes.")
         values = tomllib.loads(content.decode())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"Cannot read the policy {path}: {error}.", remedy="Give a TOML file.") from error
     return from_mapping(values, report_data)
 

@@ -190,7 +190,7 @@ _JSON: Final = {"content-type": "application/json"}
 
 def _reason(page: bytes) -> str:
     text = page.decode("utf-8", "replace")
-    with contextlib.suppress(msgspec.DecodeError, RecursionError):
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         value = msgspec.json.decode(page)
         error = value.get("error", value) if isinstance(value, dict) else value
         text = str(error.get("message", error)) if isinstance(error, dict) else str(error)

@@ -100,7 +100,7 @@ def read_rules(path: Path) -> Rules:
     try:
         text = path.read_text(encoding="utf-8")
         values = tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"Cannot read rules from {path}: {error}.", remedy="Give a TOML file.") from error
     lines = text.splitlines()
     unknown = sorted(set(values) - {"tensors"})

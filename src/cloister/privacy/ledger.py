@@ -334,6 +334,8 @@ def _explained(path: Path) -> Iterator[None]:
                 remedy="Free space or fix its rights.",
             ) from error
         raise LedgerError(f"The ledger {path} is damaged: {error}.", remedy=_DAMAGED) from error
+    except UnicodeDecodeError as error:  # SQLite's own words quote what is damaged
+        raise LedgerError(f"The ledger {path} is damaged.", remedy=_DAMAGED) from error
     except OSError as error:
         raise LedgerError(f"The ledger {path} cannot be opened: {error}.", remedy="Give another --ledger.") from error
 

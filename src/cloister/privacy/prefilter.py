@@ -139,7 +139,9 @@ class _Reader:
                 letter = chr(argument)
                 return _Counts(letter.isdecimal(), letter == ":", 1, 1, _is_word(letter))
             case "IN":
-                return _Counts(_only(argument, str.isdecimal, "DIGIT"), 0, 1, 1, _only(argument, _is_word, "DIGIT", "WORD"))
+                return _Counts(
+                    _only(argument, str.isdecimal, "DIGIT"), 0, 1, 1, _only(argument, _is_word, "DIGIT", "WORD")
+                )
             case "ANY" | "NOT_LITERAL":
                 return _Counts(0, 0, 1, 1, False)
             case "MAX_REPEAT" | "MIN_REPEAT" | "POSSESSIVE_REPEAT":
@@ -170,7 +172,11 @@ def _only(items: Any, fits: Callable[[str], bool], *categories: str) -> bool:
     """Returns whether a set of characters holds nothing else than what `fits`, or the named categories hold."""
     return all(
         (str(kind) == "LITERAL" and fits(chr(value)))
-        or (str(kind) == "RANGE" and value[1] - value[0] < 256 and all(fits(chr(c)) for c in range(value[0], value[1] + 1)))
+        or (
+            str(kind) == "RANGE"
+            and value[1] - value[0] < 256
+            and all(fits(chr(c)) for c in range(value[0], value[1] + 1))
+        )
         or (str(kind) == "CATEGORY" and str(value) in {f"CATEGORY_{name}" for name in categories})
         for kind, value in items
     )

@@ -115,7 +115,7 @@ def _ask(connection: http.client.HTTPConnection, path: str, body: bytes, kind: t
         response = connection.getresponse()
         content = response.read(MAX_RESPONSE_BYTES + 1)
     except (OSError, http.client.HTTPException) as error:
-        raise BrokerError(f"The broker does not answer: {error!r}.", remedy="Is it running?") from error
+        raise BrokerError(f"The broker does not answer: {error!r:.200}.", remedy="Is it running?") from error
     if response.status == 403:
         raise KeyRefusedError(
             "The broker refuses to release the key.", remedy="Its owner finds the reason with: cloister broker log."

@@ -113,7 +113,9 @@ class KbsClient:
             response = self._connection.getresponse()
             content = response.read(MAX_ANSWER_BYTES + 1)
         except (OSError, http.client.HTTPException) as error:
-            raise BrokerError(f"The key broker service does not answer: {error!r}.", remedy="Is it running?") from error
+            raise BrokerError(
+                f"The key broker service does not answer: {error!r:.200}.", remedy="Is it running?"
+            ) from error
         if response.status in (401, 403):
             raise KeyRefusedError(
                 f"The key broker service refuses ({path.split('/')[0]}, status {response.status}).",

@@ -175,8 +175,7 @@ def read_manifest(folder: Path, expected: Expected) -> tuple[Manifest, PublicKey
         raise PackageError(
             f"{folder} is signed by {str(signed.signer)[:40]}..., whom nobody named.", remedy="Name the owner's key."
         )
-    manifest = _decoded(folder / MANIFEST, content, Manifest)
-    _check(folder, manifest)
+    manifest = decode_manifest(folder, content)
     if manifest.version < expected.min_version:
         raise PackageError(
             f"{folder} is version {manifest.version} of {manifest.name!r}; at least {expected.min_version} is wanted.",
@@ -185,6 +184,17 @@ def read_manifest(folder: Path, expected: Expected) -> tuple[Manifest, PublicKey
     if expected.root is not None and manifest.root() != expected.root:
         raise PackageError(f"{folder} is not the model {expected.root.hex()}.", remedy="Fetch the right package.")
     return manifest, signed.signer
+
+
+def decode_manifest(folder: Path, content: bytes) -> Manifest:
+    """Returns the manifest in `content`, checked in itself; its signature is not looked at. `folder` is named in errors.
+
+    Raises:
+        PackageError: it is no manifest of this version, or contradicts itself.
+    """
+    manifest = _decoded(folder / MANIFEST, content, Manifest)
+    _check(folder, manifest)
+    return manifest
 
 
 def safe_path(path: str) -> bool:

@@ -17,7 +17,7 @@ def parse_policy(text: str) -> tuple[Policy, Roots]:
     """
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"The policy is not TOML: {error}.") from error
     found = from_mapping(values, Skip("set for each release"))
     return found.policy, found.roots

@@ -93,7 +93,7 @@ def read_privacy(path: Path) -> Privacy:
         with path.open("rb") as file:
             content = file.read(MAX_PLAN_BYTES + 1)
         values = tomllib.loads(content.decode("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"Cannot read the plan {path}: {error}.", remedy="Give a TOML file.") from error
     if len(content) > MAX_PLAN_BYTES or not isinstance(values.get("private"), dict):
         raise SettingsError(f"{path} has no table [private].", remedy='Write: [private], then tensors = ["*"].')

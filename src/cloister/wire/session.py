@@ -295,7 +295,7 @@ class SessionSocket:
     def _decode(decoder: "msgspec.msgpack.Decoder[Kind]", payload: bytes) -> Kind:
         try:
             return decoder.decode(payload)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise WireError(f"A session message does not decode: {error}.") from error
 
     def _frame(self) -> bytes | None:

@@ -167,7 +167,7 @@ def parse_family(name: str, text: str) -> Family:
     """
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"The configuration {name!r} is not TOML: {error}.", remedy="Write it anew.") from error
     known = {"capabilities", "provenance", "decode", "prefill"}
     if set(values) != known:
