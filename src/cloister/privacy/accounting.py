@@ -66,6 +66,8 @@ class Spent:
     zcdp: float
     pld: float
     delta: float = DELTA
+    rho: float = math.inf
+    """The sum of ρ."""
 
     @property
     def epsilon(self) -> float:
@@ -88,11 +90,22 @@ def compose(charges: Iterable[Charge], curve: DominatingCurve | None = None, del
     paid = [charge for charge in charges if charge.cost.epsilon > 0]
     draws = sum(charge.count for charge in paid)
     if draws == 0:
-        return Spent(0, 0.0, 0.0, 0.0, delta)
+        return Spent(0, 0.0, 0.0, 0.0, delta, 0.0)
     basic = up(math.fsum(charge.cost.epsilon * charge.count for charge in paid))
     rho = up(math.fsum(charge.cost.rho * charge.count for charge in paid))
     pld = min(basic, _pld_epsilon(paid, curve, delta)) if 1 < draws <= LARGEST_PLD else basic
-    return Spent(draws, basic, zcdp_epsilon(rho, delta), pld, delta)
+    return Spent(draws, basic, zcdp_epsilon(rho, delta), pld, delta, rho)
+
+
+def widened(spent: Spent, more: Cost) -> Spent:
+    """Returns an upper bound of `spent` together with further draws of which only the sums of ε and ρ are known."""
+    if more.epsilon <= 0:
+        return spent
+    rho = up(spent.rho + more.rho)
+    return Spent(
+        spent.draws, up(spent.basic + more.epsilon), zcdp_epsilon(rho, spent.delta), up(spent.pld + more.epsilon),
+        spent.delta, rho,
+    )  # fmt: skip
 
 
 def zcdp_epsilon(rho: float, delta: float = DELTA) -> float:

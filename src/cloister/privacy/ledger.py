@@ -1,49 +1,56 @@
-"""The ledger: what every session has spent, kept in SQLite before anything is sent, and the budget that ends a session.
+"""The ledger: what every session has spent, kept in SQLite, and the budget that ends a session.
 
-Covers: a crash at any moment (a charge is on the disk before the prompt leaves, so a restart can forget none), two
-processes with one file, a damaged file (nothing is sent until a person has looked at it), refusal at the budget.
+A prompt seldom waits for the disk: a session reserves a part of its budget ahead, durably, and charges prompts to the
+reservation in memory, while a thread writes them down behind and reserves more before it runs out.
+
+Covers: a crash at any moment (whatever was drawn is covered by a charge or a reservation on the disk before it is drawn, and
+a reservation that was not given back counts as spent), two processes with one file, a full disk, a damaged file (nothing is
+sent until a person has looked at it), refusal at the budget.
 Guarantees: a charge that does not fit the budget changes nothing and raises. The file holds figures, names of sessions
 and counts; never a prompt, a secret, its replacement or the key of a memo.
 Does not cover: a user who deletes the file, or a ledger put back from an older copy.
 Assumes: the directory belongs to the user; the file is made readable by its owner only.
 """
 
+import atexit
 import contextlib
 import math
-import os
 import sqlite3
 import struct
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from cloister.errors import BudgetError, LedgerError
-from cloister.privacy.accounting import DELTA, MAX_CURVE_POINTS, Charge, Spent, check_curve, compose, up, zcdp_budget
+from cloister.privacy.accounting import (
+    DELTA,
+    MAX_CURVE_POINTS,
+    Charge,
+    Spent,
+    check_curve,
+    compose,
+    up,
+    widened,
+    zcdp_budget,
+)  # fmt: skip
+from cloister.privacy.ledger_file import DAMAGED, connected, explained, transaction
 from cloister.privacy.mechanism import Cost, DominatingCurve
+from cloister.privacy.reservation import NOTHING, Amount, ahead, amount, limit, units
 
-APPLICATION_ID: Final = 0x436C6C67
-VERSION: Final = 1
-BUSY_SECONDS: Final = 10.0
 MAX_NAME: Final = 128
 
-_SCHEMA: Final = """
-CREATE TABLE sessions (
-  name TEXT PRIMARY KEY, budget REAL NOT NULL, delta REAL NOT NULL, rule TEXT NOT NULL, most REAL NOT NULL,
-  policy TEXT NOT NULL, opened REAL NOT NULL, first REAL, gap REAL, curve BLOB
-) STRICT, WITHOUT ROWID;
-CREATE TABLE prompts (
-  id INTEGER PRIMARY KEY, session TEXT NOT NULL REFERENCES sessions(name), at REAL NOT NULL,
-  spans INTEGER NOT NULL, repeated INTEGER NOT NULL, pseudonyms INTEGER NOT NULL
-) STRICT;
-CREATE TABLE charges (
-  prompt INTEGER NOT NULL REFERENCES prompts(id), kind TEXT NOT NULL, epsilon REAL NOT NULL, rho REAL NOT NULL,
-  sampled INTEGER NOT NULL, count INTEGER NOT NULL CHECK (count > 0)
-) STRICT;
-CREATE INDEX charges_of_prompt ON charges(prompt);
-CREATE INDEX prompts_of_session ON prompts(session);
-"""
+BEHIND_SECONDS: Final = 0.05
+"""How long the thread waits for more prompts before it writes them down."""
+
+IDLE_SECONDS: Final = 300.0
+"""A session without prompts for that long gives its reservation back."""
+
+NUMBERS: Final = 512
+"""Numbers of prompts that a process takes at once."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,14 @@ class SessionReport:
     spent: Spent
     largest: float
     """The ε of the costliest span."""
+    reserved: Cost
+    """Sums of ε and ρ that gateways have reserved and not accounted for: part of `used`, not of `spent`. What a gateway that
+    was killed had reserved stays here for good: it may have been spent."""
+
+    @property
+    def at_most(self) -> Spent:
+        """What the session may have spent: `spent`, and all that is reserved."""
+        return widened(self.spent, self.reserved)
 
 
 @dataclass(frozen=True)
@@ -104,13 +119,64 @@ class PromptReport:
     spent: Spent
 
 
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """A prompt that is charged and not yet written down."""
+
+    number: int
+    at: float
+    spans: int
+    repeated: int
+    pseudonyms: int
+    entries: tuple[Entry, ...]
+
+
+@dataclass
+class _Open:
+    """What this process knows of a session."""
+
+    budget: float
+    rule: str
+    most: float
+    each: Amount = NOTHING
+    """What a draw is expected to come to."""
+    row: int | None = None
+    """The reservation's row in the file."""
+    held: Amount = NOTHING
+    """What the row holds: never less than `left` and the prompts that are to be written down."""
+    left: Amount = NOTHING
+    """What is left of the reservation."""
+    known: int = 0
+    """What charges and reservations of all processes came to when the file was last read, in grains."""
+    pending: list[_Prompt] = field(default_factory=list)
+    last: float = 0.0
+    """When it was last charged, in seconds of a monotonic clock."""
+
+    @property
+    def wants(self) -> bool:
+        """Whether the reservation runs low."""
+        return (
+            self.last > 0
+            and 2 * self.left.price < ahead(limit(self.most) - self.known + self.left.price, self.each).price
+        )
+
+
 class Ledger:
-    """An open ledger. One object per process; SQLite arbitrates between processes."""
+    """An open ledger. One object per process; SQLite arbitrates between processes. Threads may share it."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection, clock: Callable[[], float] = time.time) -> None:
         self.path = path
         self._db = connection
         self._clock = clock
+        self._sessions: dict[str, _Open] = {}
+        self._numbers: deque[int] = deque()  # of prompts to come
+        self._file = threading.RLock()  # held while the file is used; taken before `_memory`, never after
+        self._memory = threading.Lock()  # held for moments only
+        self._failed = False
+        self._closed = False
+        self._closing = threading.Event()
+        self._wake = threading.Event()
+        self._writer: threading.Thread | None = None
 
     @staticmethod
     def open(path: Path, *, create: bool = True) -> "Ledger":
@@ -119,28 +185,27 @@ class Ledger:
         Raises:
             LedgerError: it is damaged, locked, of another program or version, or absent.
         """
-        with _explained(path):
-            fresh = not path.exists()
-            if fresh and not create:
-                raise LedgerError(
-                    f"There is no ledger at {path}.", remedy="It is made by the first `cloister gateway`."
-                )
-            if fresh:
-                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-            database = sqlite3.connect(
-                path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=64
-            )
-            try:
-                _prepare(path, database, fresh)
-            except BaseException:
-                database.close()
-                raise
-        return Ledger(path, database)
+        return Ledger(path, connected(path, create=create))
 
     def close(self) -> None:
-        """Closes the file; harmless twice."""
-        self._db.close()
+        """Writes down what is outstanding, gives reservations back, closes the file; harmless twice.
+
+        Raises:
+            LedgerError: it cannot be written. What was reserved then counts as spent.
+        """
+        with self._memory:
+            if self._closed:
+                return
+            self._closed = True
+        self._closing.set()
+        self._wake.set()
+        if self._writer is not None:
+            self._writer.join()
+            atexit.unregister(self.close)
+        with self._file, contextlib.closing(self._db):
+            for name in self._sessions:
+                self._settle(name, "none")
+            self._return_numbers()
 
     def open_session(
         self, name: str, budget: float, per_span: Cost, policy: str, curve: DominatingCurve | None = None
@@ -167,7 +232,7 @@ class Ledger:
         rule, most = "basic", budget
         if per_span.rho > 0 and rho / per_span.rho > budget / per_span.epsilon:
             rule, most = "zCDP", rho
-        with _explained(self.path), self._transaction():
+        with self._file, explained(self.path), transaction(self._db):
             row = self._db.execute("SELECT budget, policy FROM sessions WHERE name = ?", (name,)).fetchone()
             if row is None:
                 values = (name, budget, DELTA, rule, most, policy, self._clock(), *_packed(curve))
@@ -178,37 +243,41 @@ class Ledger:
                     remedy="A session's budget and policy stay what they were; use another --session for other ones.",
                 )
 
+        opened = self._opened(name)
+        with self._memory:
+            opened.each = amount([Charge(per_span)], opened.rule) if per_span.epsilon > 0 else NOTHING
+
     def charge(self, session: str, entries: Sequence[Entry], *, repeated: int = 0, pseudonyms: int = 0) -> Receipt:
-        """Writes down what a prompt costs, on the disk before this returns; call it before the prompt is sent.
+        """Charges what a prompt costs; call it before anything is drawn or sent.
+
+        When this returns, the file on the disk covers the cost: by the charge, or by a reservation made before.
 
         Raises:
-            BudgetError: the session's budget does not cover it; nothing was written and nothing may be sent.
+            BudgetError: the session's budget does not cover it; nothing was charged and nothing may be sent.
             LedgerError: it cannot be written; nothing may be sent.
         """
+        opened = self._opened(session)
+        wanted = amount([entry.charge for entry in entries], opened.rule)
         spans = sum(entry.charge.count for entry in entries)
-        with _explained(self.path), self._transaction(durable=bool(entries)):
-            row = self._db.execute("SELECT budget, rule, most FROM sessions WHERE name = ?", (session,)).fetchone()
-            if row is None:
-                raise LedgerError(f"There is no session {session!r} in {self.path}.", remedy="Open it first.")
-            budget, rule, most = row
-            used = self._used(session, rule)
-            wanted = up(math.fsum(_price(e.charge.cost, rule) * e.charge.count for e in entries))
-            if up(used + wanted) > most * (1 + 1e-9):
-                raise _over(session, budget, rule, used, wanted, most)
-            values = (session, self._clock(), spans, repeated, pseudonyms)
-            cursor = self._db.execute(
-                "INSERT INTO prompts (session, at, spans, repeated, pseudonyms) VALUES (?, ?, ?, ?, ?)", values
-            )
-            prompt = int(cursor.lastrowid or 0)
-            self._db.executemany(
-                "INSERT INTO charges VALUES (?, ?, ?, ?, ?, ?)", [_row(prompt, entry) for entry in entries]
-            )
+        with self._memory:
+            usable = bool(self._numbers) and not self._failed and not self._closed
+            quick = usable and opened.left.covers(wanted)
+            if quick:
+                prompt = _Prompt(self._numbers.popleft(), self._clock(), spans, repeated, pseudonyms, tuple(entries))
+                opened.left -= wanted
+                opened.pending.append(prompt)
+                opened.last = time.monotonic()
+                used = opened.known - opened.left.price
+        if not quick:
+            made = _Prompt(0, self._clock(), spans, repeated, pseudonyms, tuple(entries))
+            prompt, used = self._charge_now(session, opened, wanted, made)
+        self._begin_writing()
         basic = up(math.fsum(entry.charge.cost.epsilon * entry.charge.count for entry in entries))
-        return Receipt(prompt, Spent(spans, basic, math.inf, math.inf), rule, used + wanted, most)
+        return Receipt(prompt.number, Spent(spans, basic, math.inf, math.inf), opened.rule, units(used), opened.most)
 
     def sessions(self) -> list[str]:
         """Returns the names of all sessions, in the order they were opened."""
-        with _explained(self.path):
+        with self._file, explained(self.path):
             return [str(row[0]) for row in self._db.execute("SELECT name FROM sessions ORDER BY opened, name")]
 
     def report(self, session: str) -> SessionReport:
@@ -217,27 +286,36 @@ class Ledger:
         Raises:
             LedgerError: there is no such session.
         """
-        with _explained(self.path), self._transaction("DEFERRED"):
-            row = self._db.execute("SELECT * FROM sessions WHERE name = ?", (session,)).fetchone()
-            if row is None:
-                raise LedgerError(
-                    f"There is no session {session!r} in {self.path}.", remedy="`cloister ledger` lists them."
-                )
-            name, budget, delta, rule, most, policy, opened = row[:7]
-            curve = _unpacked(*row[7:])
-            counts = self._db.execute(
-                "SELECT COUNT(*), TOTAL(spans), TOTAL(repeated), TOTAL(pseudonyms) FROM prompts WHERE session = ?",
-                (name,),
-            ).fetchone()
-            charges = self._charges("prompts.session = ?", name)
-            used = self._used(name, rule)
+        with self._file:
+            self._write_down(session)
+            with explained(self.path), transaction(self._db, "DEFERRED"):
+                row = self._db.execute(
+                    "SELECT name, budget, delta, rule, most, policy, opened, first, gap, curve FROM sessions WHERE name = ?",
+                    (session,),
+                ).fetchone()
+                if row is None:
+                    raise LedgerError(
+                        f"There is no session {session!r} in {self.path}.", remedy="`cloister ledger` lists them."
+                    )
+                name, budget, delta, rule, most, policy, opened = row[:7]
+                curve = _unpacked(*row[7:])
+                counts = self._db.execute(
+                    "SELECT COUNT(*), TOTAL(spans), TOTAL(repeated), TOTAL(pseudonyms) FROM prompts WHERE session = ?",
+                    (name,),
+                ).fetchone()
+                charges = self._charges("prompts.session = ?", name)
+                spent_grains, reserved = self._used(name, rule), self._reserved(name)
         spent = compose([entry.charge for entry in charges], curve, delta)
         largest = max((entry.charge.cost.epsilon for entry in charges), default=0.0)
-        return SessionReport(name, budget, delta, rule, used, most, policy, opened, *_four(counts), spent, largest)
+        used = units(spent_grains + reserved.price)
+        return SessionReport(
+            name, budget, delta, rule, used, most, policy, opened, *_four(counts), spent, largest, reserved.cost
+        )
 
     def prompts(self, session: str, last: int = 20) -> list[PromptReport]:
         """Returns the last prompts of a session, oldest first."""
-        with _explained(self.path), self._transaction("DEFERRED"):
+        with self._file, explained(self.path):
+            self._write_down(session)
             rows = self._db.execute(
                 "SELECT id, at, spans, repeated, pseudonyms FROM prompts WHERE session = ? ORDER BY id DESC LIMIT ?",
                 (session, last),
@@ -254,9 +332,177 @@ class Ledger:
             for row in reversed(rows)
         ]
 
-    def _used(self, session: str, rule: str) -> float:
-        charges = [entry.charge for entry in self._charges("prompts.session = ?", session)]
-        return up(math.fsum(_price(charge.cost, rule) * charge.count for charge in charges))
+    def _opened(self, name: str) -> _Open:
+        """Returns what is known of a session, read from the file once.
+
+        Raises:
+            LedgerError: there is none of that name.
+        """
+        opened = self._sessions.get(name)
+        if opened is None:
+            with self._file, explained(self.path):
+                row = self._db.execute("SELECT budget, rule, most FROM sessions WHERE name = ?", (name,)).fetchone()
+                if row is None:
+                    raise LedgerError(f"There is no session {name!r} in {self.path}.", remedy="Open it first.")
+                with self._memory:
+                    opened = self._sessions.setdefault(name, _Open(*row))
+        return opened
+
+    def _charge_now(self, name: str, opened: _Open, wanted: Amount, prompt: _Prompt) -> tuple[_Prompt, int]:
+        """Writes down a prompt that the reservation does not cover, and reserves for those to come.
+
+        Returns it with its number, and what is used by then, in grains.
+        """
+        with self._file:
+            with self._memory:
+                if self._closed:
+                    raise LedgerError(f"The ledger {self.path} is closed.", remedy="Open it again.")
+                taken, opened.left = opened.left, NOTHING  # nobody else charges to it meanwhile
+                pending, opened.pending = opened.pending, []
+                number = self._numbers.popleft() if self._numbers else None
+            refused: BudgetError | None = None
+            left = taken
+            try:
+                with explained(self.path), transaction(self._db, durable=bool(prompt.entries)):
+                    numbers = self._new_numbers()
+                    prompt = replace(prompt, number=numbers.pop(0) if number is None else number)
+                    self._write(name, pending, opened.rule)
+                    reserved = self._reserved(name).price - opened.held.price
+                    used = self._used(name, opened.rule) + reserved
+                    free = limit(opened.most) - used - wanted.price
+                    if free < 0 and prompt.entries:
+                        refused = _over(name, opened, used, wanted, reserved)
+                        left = NOTHING  # another process may need it
+                    else:
+                        self._write(name, [prompt], opened.rule)
+                        used += wanted.price
+                        if prompt.entries:
+                            left = ahead(free, opened.each)
+                    row = self._reserve(name, opened, left)
+            except BaseException:
+                with self._memory:
+                    opened.left = taken
+                    opened.pending = pending + opened.pending
+                    self._numbers.extendleft([] if number is None else [number])
+                raise
+            with self._memory:
+                self._numbers.extendleft([prompt.number] if refused is not None else [])
+                self._numbers.extend(numbers)
+                opened.row, opened.held, opened.left = row, left, left
+                opened.known, opened.last = used + left.price, time.monotonic()
+                self._failed = False
+        if refused is not None:
+            raise refused
+        return prompt, used
+
+    def _write_down(self, name: str) -> None:
+        if name in self._sessions and not self._closed:
+            self._settle(name, "keep")
+
+    def _settle(self, name: str, then: Literal["keep", "more", "none"]) -> None:
+        """Writes down what is outstanding; then keeps the reservation, makes it larger where it runs low, or gives it back."""
+        opened = self._sessions[name]
+        with self._file:
+            with self._memory:
+                more = then == "more" and opened.wants
+                if not (opened.pending or more or (then == "none" and opened.row is not None)):
+                    return
+                pending, opened.pending = opened.pending, []
+                covered = opened.left
+                if then == "none":
+                    opened.left = NOTHING
+            left = NOTHING if then == "none" else covered
+            numbers: list[int] = []
+            try:
+                with explained(self.path), transaction(self._db, durable=more):
+                    self._write(name, pending, opened.rule)
+                    used = self._used(name, opened.rule) + self._reserved(name).price - opened.held.price
+                    if more:
+                        numbers = self._new_numbers()
+                        left = covered + (ahead(limit(opened.most) - used, opened.each) - covered)
+                    row = self._reserve(name, opened, left)
+            except BaseException:
+                with self._memory:
+                    self._failed = True
+                    opened.pending = pending + opened.pending
+                    opened.left = opened.left + covered if then == "none" else opened.left
+                raise
+            with self._memory:
+                self._numbers.extend(numbers)
+                opened.row, opened.held = row, left
+                opened.left += left - covered
+                opened.known = used + left.price
+
+    def _begin_writing(self) -> None:
+        """Wakes the thread that writes behind, and starts it the first time."""
+        if self._writer is None:
+            with self._memory:
+                if self._writer is None and not self._closed:
+                    self._writer = threading.Thread(target=self._write_behind, name="cloister-ledger", daemon=True)
+                    self._writer.start()
+                    atexit.register(self.close)
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def _write_behind(self) -> None:
+        while not self._closed:
+            if self._wake.wait(IDLE_SECONDS / 10):
+                self._closing.wait(BEHIND_SECONDS)
+                self._wake.clear()
+            for name, opened in list(self._sessions.items()):
+                idle = time.monotonic() - opened.last > IDLE_SECONDS
+                with contextlib.suppress(LedgerError):  # the next prompt tries again, and says what is wrong
+                    self._settle(name, "none" if idle else "more")
+
+    def _write(self, name: str, prompts: Sequence[_Prompt], rule: str) -> None:
+        if not prompts:
+            return
+        before = self._used(name, rule)
+        entries = [(prompt.number, entry) for prompt in prompts for entry in prompt.entries]
+        self._db.executemany(
+            "INSERT INTO prompts VALUES (?, ?, ?, ?, ?, ?)",
+            [(p.number, name, p.at, p.spans, p.repeated, p.pseudonyms) for p in prompts],
+        )
+        self._db.executemany("INSERT INTO charges VALUES (?, ?, ?, ?, ?, ?)", [_row(*entry) for entry in entries])
+        used = before + amount([entry.charge for _, entry in entries], rule).price
+        self._db.execute("INSERT OR REPLACE INTO totals VALUES (?, ?)", (name, used))
+
+    def _reserve(self, name: str, opened: _Open, left: Amount) -> int | None:
+        """Makes the session's row hold exactly `left`; returns the row."""
+        if left == opened.held:
+            return opened.row
+        if left == NOTHING:
+            self._db.execute("DELETE FROM reservations WHERE id = ?", (opened.row,))
+            return None
+        row = (opened.row, name, self._clock(), left.price, left.epsilon, left.rho)
+        return self._db.execute("INSERT OR REPLACE INTO reservations VALUES (?, ?, ?, ?, ?, ?)", row).lastrowid
+
+    def _used(self, name: str, rule: str) -> int:
+        """Returns what the charges that are written down come to, in grains."""
+        row = self._db.execute("SELECT used FROM totals WHERE session = ?", (name,)).fetchone()
+        if row is not None:
+            return int(row[0])
+        return amount([entry.charge for entry in self._charges("prompts.session = ?", name)], rule).price
+
+    def _reserved(self, name: str) -> Amount:
+        """Returns all reservations of a session together."""
+        columns = "COALESCE(SUM(amount), 0), COALESCE(SUM(epsilon), 0), COALESCE(SUM(rho), 0)"
+        row = self._db.execute(f"SELECT {columns} FROM reservations WHERE session = ?", (name,)).fetchone()  # noqa: S608
+        return Amount(*row)
+
+    def _new_numbers(self) -> list[int]:
+        """Takes numbers for prompts to come, if few are left. They count once the transaction has ended well."""
+        if len(self._numbers) >= NUMBERS // 2:
+            return []
+        stop = self._db.execute("UPDATE next_prompt SET value = value + ? RETURNING value", (NUMBERS,)).fetchone()[0]
+        return list(range(stop - NUMBERS, stop))
+
+    def _return_numbers(self) -> None:
+        """Gives numbers back that were taken last and not used, so that the next prompt follows the last one."""
+        numbers = list(self._numbers)
+        if numbers and numbers[-1] - numbers[0] == len(numbers) - 1:
+            with explained(self.path), transaction(self._db, durable=False):
+                self._db.execute("UPDATE next_prompt SET value = ? WHERE value = ?", (numbers[0], numbers[-1] + 1))
 
     def _charges(self, where: str, value: object) -> list[Entry]:
         rows = self._db.execute(
@@ -266,85 +512,14 @@ class Ledger:
         )
         return [Entry(kind, Charge(Cost(epsilon, rho), count, bool(ours))) for kind, epsilon, rho, ours, count in rows]
 
-    @contextlib.contextmanager
-    def _transaction(self, kind: str = "IMMEDIATE", *, durable: bool = True) -> Iterator[None]:
-        """Commits what is done inside; `durable` waits for the disk. A prompt that spends nothing need not wait."""
-        self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-        self._db.execute(f"BEGIN {kind}")
-        try:
-            yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
 
-
-def _prepare(path: Path, database: sqlite3.Connection, fresh: bool) -> None:
-    database.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
-    database.execute("PRAGMA trusted_schema = OFF")
-    database.execute("BEGIN IMMEDIATE")
-    application = database.execute("PRAGMA application_id").fetchone()[0]
-    version = database.execute("PRAGMA user_version").fetchone()[0]
-    tables = database.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0]
-    if not tables and not application and (fresh or path.stat().st_size == 0):
-        for statement in _SCHEMA.split(";"):
-            if statement.strip():
-                database.execute(statement)
-        database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        database.execute(f"PRAGMA user_version = {VERSION}")
-    elif application != APPLICATION_ID or version != VERSION:
-        raise LedgerError(
-            f"{path} is not a ledger of this version (application {application:#x}, version {version}).",
-            remedy="Give another --ledger, or use the release of Cloister that wrote it.",
-        )
-    database.execute("COMMIT")
-    database.execute("PRAGMA journal_mode = WAL")
-    database.execute("PRAGMA synchronous = FULL")  # a commit is on the disk when it returns
-    database.execute("PRAGMA foreign_keys = ON")
-    problems = [str(row[0]) for row in database.execute("PRAGMA integrity_check(3)")]
-    orphans = database.execute("PRAGMA foreign_key_check").fetchone()
-    if problems != ["ok"] or orphans is not None:
-        raise LedgerError(
-            f"The ledger {path} is damaged: {problems[0] if problems != ['ok'] else 'charges of no prompt'}.",
-            remedy=_DAMAGED,
-        )
-
-
-_DAMAGED: Final = (
-    "What was spent is unknown, so nothing is sent. Restore a backup that is up to date, or move the file away to begin "
-    "a new ledger, knowing that it counts from zero."
-)
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turns whatever SQLite or the file system says into a `LedgerError` with a remedy."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorname", "") or ""
-        if "BUSY" in code or "LOCKED" in code:
-            raise LedgerError(
-                f"Another process holds the ledger {path} for more than {BUSY_SECONDS:.0f} seconds.", remedy="Stop it."
-            ) from error
-        if "FULL" in code or "IOERR" in code or "READONLY" in code or "CANTOPEN" in code:
-            raise LedgerError(
-                f"The ledger {path} cannot be written ({error}); nothing was sent.",
-                remedy="Free space or fix its rights.",
-            ) from error
-        raise LedgerError(f"The ledger {path} is damaged: {error}.", remedy=_DAMAGED) from error
-    except UnicodeDecodeError as error:  # SQLite's own words quote what is damaged
-        raise LedgerError(f"The ledger {path} is damaged.", remedy=_DAMAGED) from error
-    except OSError as error:
-        raise LedgerError(f"The ledger {path} cannot be opened: {error}.", remedy="Give another --ledger.") from error
-
-
-def _over(session: str, budget: float, rule: str, used: float, wanted: float, most: float) -> BudgetError:
-    unit = "ε" if rule == "basic" else "ρ"
+def _over(name: str, opened: _Open, used: int, wanted: Amount, reserved: int) -> BudgetError:
+    unit = "ε" if opened.rule == "basic" else "ρ"
+    held = f", of which other gateways hold {units(reserved):.4g} in reserve" if reserved else ""
     return BudgetError(
-        f"The privacy budget of session {session!r} is used up: this prompt needs {unit} = {wanted:.4g} and "
-        f"{max(0.0, most - used):.4g} of {most:.4g} is left (budget ε = {budget:g}, counted by {rule}). Nothing was sent.",
+        f"The privacy budget of session {name!r} is used up: this prompt needs {unit} = {units(wanted.price):.4g} and "
+        f"{max(0.0, opened.most - units(used)):.4g} of {opened.most:.4g} is left{held} (budget ε = {opened.budget:g}, counted by "
+        f"{opened.rule}). Nothing was sent.",
         remedy="Begin another session (its secrets are then accounted anew, so what both reveal adds up), or send less.",
     )
 
@@ -352,10 +527,6 @@ def _over(session: str, budget: float, rule: str, used: float, wanted: float, mo
 def _four(counts: Sequence[float]) -> tuple[int, int, int, int]:
     prompts, spans, repeated, pseudonyms = counts
     return int(prompts), int(spans), int(repeated), int(pseudonyms)
-
-
-def _price(cost: Cost, rule: str) -> float:
-    return cost.epsilon if rule == "basic" else cost.rho
 
 
 def _row(prompt: int, entry: Entry) -> tuple[object, ...]:
@@ -374,7 +545,7 @@ def _unpacked(first: float | None, gap: float | None, packed: bytes | None) -> D
     if first is None or gap is None or packed is None:
         return None
     if len(packed) % 8 or len(packed) > 8 * MAX_CURVE_POINTS:
-        raise LedgerError("A session's curve in the ledger is damaged.", remedy=_DAMAGED)
+        raise LedgerError("A session's curve in the ledger is damaged.", remedy=DAMAGED)
     curve = DominatingCurve(first, gap, struct.unpack(f"<{len(packed) // 8}d", packed))
     check_curve(curve)
     return curve

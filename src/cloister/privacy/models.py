@@ -120,9 +120,9 @@ class Presidio:
         return [Finding(r.start, r.end, label) for r in distinct if r.score >= LEAST_SCORE]
 
 
-def _one_by_one(recogniser: Any, validates: bool) -> list[tuple[Any, Needs]]:
+def _one_by_one(recogniser: Any, validates: bool) -> list[tuple[Any, Needs | PhoneRegion]]:
     """Returns a recogniser for each expression that can reach `LEAST_SCORE`, by itself or by its check digits."""
-    made = []
+    made: list[tuple[Any, Needs | PhoneRegion]] = []
     for pattern in recogniser.patterns:
         if pattern.score >= LEAST_SCORE or validates:
             alone = copy.copy(recogniser)

@@ -69,6 +69,7 @@ def by_region(recogniser: Any) -> list[tuple[Any, "Needs | PhoneRegion"]]:
         alone = copy.copy(recogniser)
         alone.supported_regions = (region,)
         metadata = PhoneMetadata.metadata_for_region(region, None)
-        lengths = metadata.general_desc.possible_length if metadata is not None else ()
+        general = metadata.general_desc if metadata is not None else None
+        lengths = general.possible_length if general is not None else ()
         made.append((alone, PhoneRegion(min(lengths) if lengths else None)))
     return made
