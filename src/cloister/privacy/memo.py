@@ -64,4 +64,4 @@ class Memo:
 
 def normalised(span: str) -> str:
     """Returns a span without differences of case and of blanks."""
-    return " ".join(span.split()).casefold()
+    return span.casefold() if span.isalnum() else " ".join(span.split()).casefold()

@@ -13,8 +13,8 @@ from typing import Any, Final
 from cloister.errors import SettingsError
 from cloister.privacy.labels import Finding, Format, Label, Numeral
 from cloister.privacy.mechanism import Kind
-from cloister.privacy.phones import PhoneRegion, by_region
-from cloister.privacy.prefilter import Digits, Needs, needs_of
+from cloister.privacy.phones import by_region
+from cloister.privacy.prefilter import Digits, Stretches, needs_of
 
 RECOGNISERS: Final[Mapping[str, Format]] = {
     "CreditCardRecognizer": Format.CARD,
@@ -83,7 +83,7 @@ class Presidio:
                 remedy="Run `pip install cloister[gateway]`, or leave Presidio out with --detectors rules.",
             ) from error
         self._distinct: Any = EntityRecognizer.remove_duplicates
-        self._recognisers: list[tuple[Format, list[tuple[Any, Needs | PhoneRegion]]]] = []
+        self._recognisers: list[tuple[Format, list[tuple[Any, Stretches]]]] = []
         for name, label in RECOGNISERS.items():
             if hasattr(known, name):
                 recogniser = getattr(known, name)()
@@ -105,8 +105,8 @@ class Presidio:
         for label, parts in self._recognisers:
             results = [
                 (result, start)
-                for recogniser, needs in parts
-                for start, stop in needs.stretches(digits)
+                for recogniser, where in parts
+                for start, stop in where.stretches(digits)
                 for result in recogniser.analyze(text[start:stop], recogniser.supported_entities, None) or ()
             ]
             if results:
@@ -120,14 +120,29 @@ class Presidio:
         return [Finding(r.start, r.end, label) for r in distinct if r.score >= LEAST_SCORE]
 
 
-def _one_by_one(recogniser: Any, validates: bool) -> list[tuple[Any, Needs | PhoneRegion]]:
+class _Matching:
+    """The stretches of a text in which an expression does match."""
+
+    def __init__(self, expression: str, flags: int) -> None:
+        import regex  # with which Presidio compiles its expressions
+
+        self._needs = needs_of(expression, flags)
+        self._compiled: Any = regex.compile(expression, flags)
+
+    def stretches(self, digits: Digits) -> list[tuple[int, int]]:
+        """See `Stretches`."""
+        found = self._needs.stretches(digits)
+        return [(start, stop) for start, stop in found if self._compiled.search(digits.text[start:stop]) is not None]
+
+
+def _one_by_one(recogniser: Any, validates: bool) -> list[tuple[Any, Stretches]]:
     """Returns a recogniser for each expression that can reach `LEAST_SCORE`, by itself or by its check digits."""
-    made: list[tuple[Any, Needs | PhoneRegion]] = []
+    made: list[tuple[Any, Stretches]] = []
     for pattern in recogniser.patterns:
         if pattern.score >= LEAST_SCORE or validates:
             alone = copy.copy(recogniser)
             alone.patterns = [pattern]
-            made.append((alone, needs_of(pattern.regex, int(recogniser.global_regex_flags))))
+            made.append((alone, _Matching(pattern.regex, int(recogniser.global_regex_flags))))
     return made
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from cloister.privacy.prefilter import Digits, Needs
+from cloister.privacy.prefilter import Digits, Stretches
 
 GAP: Final = 48
 """Characters between two digits of one number, at most; an extension's words are among them."""
@@ -23,7 +23,6 @@ LEAST_AFTER_PLUS: Final = 4
 LEAST_AFTER_PREFIX: Final = 6
 """Digits with a prefix for calls abroad, at least; every region's prefix begins with 00 or 01."""
 
-_PLUS: Final = re.compile("[+\uff0b]")
 _LONG_GAP: Final = re.compile(r"[\s,]{16}")
 
 
@@ -40,31 +39,28 @@ class PhoneRegion:
         if least is None or len(digits.places) < least:
             return
         text, places = digits.text, digits.places
-        if _LONG_GAP.search(text):
+        groups = [(first, last) for first, last in digits.groups(GAP) if last - first + 1 >= least]
+        if groups and _LONG_GAP.search(text):
             yield 0, len(text)
             return
-        first = 0
-        for last in range(len(places)):
-            if last + 1 == len(places) or places[last + 1] - places[last] > GAP:
-                if last - first + 1 >= least:
-                    yield max(0, places[first] - GAP), min(len(text), places[last] + GAP)
-                first = last + 1
+        for first, last in groups:
+            yield max(0, places[first] - GAP), min(len(text), places[last] + GAP)
 
     def _least(self, digits: Digits) -> int | None:
-        if _PLUS.search(digits.text):
+        if "+" in digits.text or "\uff0b" in digits.text:
             return LEAST_AFTER_PLUS if self.national is None else min(self.national, LEAST_AFTER_PLUS)
         if self.national is None:
             return None
-        row = "".join(digits.text[place] for place in digits.places)
+        row = digits.row
         abroad = "00" in row or "01" in row or not row.isascii()
         return min(self.national, LEAST_AFTER_PREFIX) if abroad else self.national
 
 
-def by_region(recogniser: Any) -> list[tuple[Any, "Needs | PhoneRegion"]]:
+def by_region(recogniser: Any) -> list[tuple[Any, Stretches]]:
     """Returns Presidio's recogniser of telephone numbers once for each of its regions, with what is known of the region."""
     from phonenumbers import PhoneMetadata
 
-    made: list[tuple[Any, Needs | PhoneRegion]] = []
+    made: list[tuple[Any, Stretches]] = []
     for region in recogniser.supported_regions:
         alone = copy.copy(recogniser)
         alone.supported_regions = (region,)

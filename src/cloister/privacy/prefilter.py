@@ -10,15 +10,19 @@ Does not cover: being fast for texts full of digits.
 import importlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, Protocol, runtime_checkable
 
 MARGIN: Final = 32
 """Characters around a match that its assertions may look at; an expression that looks further is tried everywhere."""
 
+CROWD: Final = 64
+"""Characters within which the digits of a text are counted once for all expressions."""
+
 DIGIT: Final = re.compile(r"\d")
+_RUN: Final = re.compile(r"\w+")
 
 
 class Digits:
@@ -27,16 +31,56 @@ class Digits:
     def __init__(self, text: str) -> None:
         self.text = text
         self.places = [match.start() for match in DIGIT.finditer(text)]
+        self._groups: dict[int, list[tuple[int, int]]] = {}
 
     @cached_property
     def colons(self) -> int:
         """How many colons there are."""
         return self.text.count(":")
 
+    @cached_property
+    def crowd(self) -> int:
+        """How many digits stand within `CROWD` characters, at most."""
+        most = first = 0
+        for last, place in enumerate(self.places):
+            while place - self.places[first] >= CROWD:
+                first += 1
+            most = max(most, last - first + 1)
+        return most
+
+    @cached_property
+    def longest_run(self) -> int:
+        """How many letters, digits and underscores stand in a row, at most."""
+        return max(map(len, _RUN.findall(self.text)), default=0)
+
+    @cached_property
+    def row(self) -> str:
+        """All digits, one after the other."""
+        return "".join([self.text[place] for place in self.places])
+
+    def groups(self, gap: int) -> list[tuple[int, int]]:
+        """Returns the first and the last place, by number, of the digits that are at most `gap` characters apart."""
+        known = self._groups.get(gap)
+        if known is None:
+            ends = [i for i in range(len(self.places) - 1) if self.places[i + 1] - self.places[i] > gap]
+            firsts = [0, *(end + 1 for end in ends)]
+            known = self._groups[gap] = (
+                list(zip(firsts, [*ends, len(self.places) - 1], strict=True)) if self.places else []
+            )
+        return known
+
     def dense(self, digits: int, longest: int) -> bool:
         """Returns whether `digits` digits stand within `longest` characters somewhere."""
         places, last = self.places, digits - 1
         return any(places[i + last] - places[i] < longest for i in range(len(places) - last))
+
+
+@runtime_checkable
+class Stretches(Protocol):
+    """Knows where a text is worth a try."""
+
+    def stretches(self, digits: Digits) -> Iterable[tuple[int, int]]:
+        """Returns the stretches of a text in which matches lie, in order and apart, with what stands around them."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +101,12 @@ class Needs:
         text, places = digits.text, digits.places
         if len(places) < self.digits or (self.colons and digits.colons < self.colons):
             return []
+        if self.digits > digits.crowd and self.longest <= CROWD:
+            return []
+        if self.run and digits.longest_run < self.run:
+            return []
         if not self.digits or self.longest == math.inf:
-            return [(0, len(text))] if self._has_run(text) else []
+            return [(0, len(text))]
         found: list[tuple[int, int]] = []
         last, reach = self.digits - 1, int(self.longest)
         for first in range(len(places) - last):
@@ -69,10 +117,7 @@ class Needs:
                     found[-1] = (found[-1][0], stop)
                 else:
                     found.append((start, stop))
-        return found if found and self._has_run(text) else []
-
-    def _has_run(self, text: str) -> bool:
-        return not self.run or re.search(rf"\w{{{self.run}}}", text) is not None
+        return found
 
 
 NOTHING: Final = Needs()

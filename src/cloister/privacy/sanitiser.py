@@ -6,6 +6,8 @@ Assumes: the sampler keeps its word about costs (its tables are certified when t
 Does not cover: what no detector finds; lengths of the texts in words.
 """
 
+import hashlib
+import os
 import re
 import threading
 from collections import Counter
@@ -26,6 +28,9 @@ from cloister.privacy.restore import Swap
 from cloister.privacy.words import POSSESSIVE, WORD, cased_like, cleaned, is_stop_word
 
 NOTHING = Cost(0.0, 0.0)
+
+SEEN_TEXTS = 1024
+"""Texts whose findings are remembered, by a keyed hash: a chat sends its earlier turns again with every request."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ class Sanitiser:
         self._sampler = sampler
         self._ledger = ledger
         self._memo = Memo()
+        self._key = os.urandom(32)
+        self._seen: dict[bytes, tuple[Finding, ...]] = {}
         self._epsilon = Fraction(str(sampler.epsilon)).limit_denominator(10**6)
         if self._epsilon > sampler.epsilon:
             self._epsilon -= Fraction(1, 10**6)
@@ -101,10 +108,20 @@ class Sanitiser:
     def _pieces(self, text: str) -> list[Piece]:
         return [
             Piece(found.start, found.stop, found.label, span, self._memo.tag(found.label, span))
-            for finding in self.detection.find(text)
-            for found in _split(text, finding)
+            for found in self._found(text)
             for span in [self._normal(text[found.start : found.stop], found.label)]
         ]
+
+    def _found(self, text: str) -> tuple[Finding, ...]:
+        """Returns what is to be drawn for in `text`; what was found in a text that was seen before is remembered."""
+        known = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), key=self._key).digest()
+        found = self._seen.pop(known, None)
+        if found is None:
+            found = tuple(part for finding in self.detection.find(text) for part in _split(text, finding))
+        self._seen[known] = found  # the last used is the last
+        if len(self._seen) > SEEN_TEXTS:
+            del self._seen[next(iter(self._seen))]
+        return found
 
     def _again(self, texts: Sequence[str], found: list[list[Piece]]) -> list[list[Piece]]:
         """Returns the pieces with those added whose words were found elsewhere, in this request or before it.
@@ -119,7 +136,8 @@ class Sanitiser:
                 covered[piece.start : piece.stop] = b"\1" * (piece.stop - piece.start)
             extra = []
             for match in WORD.finditer(text):
-                start, span = match.start(), POSSESSIVE.sub("", match.group())
+                start, word = match.start(), match.group()
+                span = POSSESSIVE.sub("", word) if word[-2:-1] in "'’" else word
                 if covered[start] or not self._memo.may_hold(span) or any(covered[start : start + len(span)]):
                     continue
                 tag = self._memo.tag(Kind.WORD, span)
