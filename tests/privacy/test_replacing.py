@@ -22,6 +22,7 @@ from cloister.privacy.ledger import Ledger
 from cloister.privacy.mechanism import Kind, Replacement, Span
 from cloister.privacy.memo import Memo
 from cloister.privacy.patterns import iban_is_valid, luhn_is_valid
+from cloister.privacy.randomness import Randomness
 from cloister.privacy.restore import Restorer, ReverseMap, Swap, restore
 from cloister.privacy.sanitiser import Sanitiser
 
@@ -110,6 +111,35 @@ def test_a_noisy_value_keeps_its_format(text: str, form: str) -> None:
 @pytest.mark.parametrize("text", ["", "last week", "31/02/2020", "1" * 40, "१२"])
 def test_what_is_no_value_is_not_read_as_one(text: str) -> None:
     assert numbers.noisy(text, Fraction(1)) is None
+
+
+@given(st.integers(1, 2**70), st.binary(min_size=2000, max_size=2000))
+def test_fetched_randomness_is_used_bit_by_bit_and_rejected_alike(limit: int, stream: bytes) -> None:
+    # The slow, obvious twin: whole bytes in order, the needed bits of each draw, again while they are too many.
+    places = iter(range(0, len(stream), 512))
+
+    def source(count: int) -> bytes:
+        start = next(places)
+        return stream[start : start + count]
+
+    bits = (limit - 1).bit_length()
+    size = (bits + 7) // 8
+    expected, place = [], 0
+    while len(expected) < 5 and place + size <= 512:
+        value = int.from_bytes(stream[place : place + size], "little") // 2 ** (8 * size - bits)
+        place += size
+        if value < limit:
+            expected.append(value)
+    below = Randomness(source).below
+    assert [below(limit) for _ in expected] == expected
+
+
+def test_numbers_below_a_limit_are_uniform() -> None:
+    below = Randomness().below
+    counts = Counter(below(10) for _ in range(5000))
+    assert sum((counts[n] - 500) ** 2 / 500 for n in range(10)) < 33.7  # the 99.99 % point with 9 degrees of freedom
+    with pytest.raises(PrivacyError):
+        below(0)
 
 
 def test_a_memo_holds_no_span() -> None:

@@ -447,7 +447,8 @@ class Ledger:
     def _write_behind(self) -> None:
         while not self._closed:
             if self._wake.wait(IDLE_SECONDS / 10):
-                self._closing.wait(BEHIND_SECONDS)
+                if not any(opened.wants for opened in list(self._sessions.values())):
+                    self._closing.wait(BEHIND_SECONDS)
                 self._wake.clear()
             for name, opened in list(self._sessions.items()):
                 idle = time.monotonic() - opened.last > IDLE_SECONDS

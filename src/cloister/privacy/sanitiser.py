@@ -24,6 +24,7 @@ from cloister.privacy.labels import Finding, Format, Label, Numeral
 from cloister.privacy.ledger import Entry, Ledger, Receipt
 from cloister.privacy.mechanism import Cost, Kind, Mechanism, Sampler, Span
 from cloister.privacy.memo import Memo, Remembered
+from cloister.privacy.randomness import Randomness
 from cloister.privacy.restore import Swap
 from cloister.privacy.words import POSSESSIVE, WORD, cased_like, cleaned, is_stop_word
 
@@ -185,12 +186,13 @@ class Sanitiser:
             if replacement.cost.epsilon > self._sampler.cost(span).epsilon * (1 + 1e-12):
                 raise PrivacyError("The sampler spent more than it had announced; nothing was sent.")
             self._memo.put(piece.tag, Remembered(replacement.text, piece.label))
+        below = Randomness().below
         for piece in fresh:
             if isinstance(piece.label, Format):
-                made = pseudonym(piece.text, piece.label, self._memo.unused)
+                made = pseudonym(piece.text, piece.label, self._memo.unused, below)
                 self._memo.put(piece.tag, Remembered(made, piece.label))
             elif isinstance(piece.label, Numeral):
-                drawn = numbers.noisy(piece.text, self._epsilon)
+                drawn = numbers.noisy(piece.text, self._epsilon, below)
                 if drawn is None:
                     raise PrivacyError("A value was taken for a number and is none; nothing was sent.")
                 self._memo.put(piece.tag, Remembered(drawn, piece.label))

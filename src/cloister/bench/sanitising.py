@@ -1,0 +1,179 @@
+"""What sanitising a prompt costs, stage by stage: prompts that were never seen before, and a chat that grows.
+
+The bar: at most 1 ms for a prompt of 128 tokens once the sanitiser is warm.
+"""
+
+import base64
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from cloister.bench import prompts
+from cloister.bench.record import Record
+from cloister.gateway.embedding import ClientModel
+from cloister.gateway.protect import detection_for, sampler_for
+from cloister.gateway.tensor_file import tensor_file
+from cloister.model.directory import open_model
+from cloister.privacy.detector import Detection, Mode
+from cloister.privacy.labels import Detector, Finding
+from cloister.privacy.ledger import Ledger
+from cloister.privacy.mechanism import Cost, DominatingCurve, Mechanism, Replacement, Sampler, Span
+from cloister.privacy.sanitiser import Sanitiser
+
+WARM_UP = 40
+BUDGET = 1e6
+TURNS = 8
+"""Prompts of a chat, each sent with all before it."""
+
+
+@dataclass
+class _Clock:
+    """Adds up the seconds of the stages of one prompt."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, stage: str, action: Callable[[], Any]) -> Any:
+        begun = time.perf_counter()
+        try:
+            return action()
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begun
+
+
+@dataclass(frozen=True)
+class _TimedDetector:
+    inner: Detector
+    clock: _Clock
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    def find(self, text: str) -> list[Finding]:
+        found: list[Finding] = self.clock.run("detect", lambda: self.inner.find(text))
+        return found
+
+
+@dataclass(frozen=True)
+class _TimedSampler:
+    inner: Sampler
+    clock: _Clock
+
+    @property
+    def mechanism(self) -> Mechanism:
+        return self.inner.mechanism
+
+    @property
+    def epsilon(self) -> float:
+        return self.inner.epsilon
+
+    def replace(self, spans: Sequence[Span]) -> list[Replacement]:
+        made: list[Replacement] = self.clock.run("draw", lambda: self.inner.replace(spans))
+        return made
+
+    def cost(self, span: Span) -> Cost:
+        return self.inner.cost(span)
+
+    def privacy_loss(self) -> DominatingCurve:
+        return self.inner.privacy_loss()
+
+
+def run(
+    model: Path,
+    candidates: Path | None,
+    detectors: Sequence[str],
+    data: Path | None,
+    count: int,
+    smoke: bool,
+    console: Console,
+) -> Record:
+    """Measures `count` prompts of each sort, one at a time and a few milliseconds apart, as requests come."""
+    directory = open_model(model)
+    held, sampler = sampler_for(directory, candidates, Mechanism.CHANNEL, Fraction(2))
+    client = ClientModel(directory)
+    warm_up, count = (4, 12) if smoke else (WARM_UP, count)
+    sorts: dict[str, Callable[[], Iterator[list[str]]]] = {
+        "letters, all new": lambda: ([text] for text in prompts.letters(1)),
+        f"a chat's turn, up to {TURNS} before it": _chat,
+    }
+    if data is not None:
+        sorts[data.name] = lambda: ([text] for text in prompts.of_file(data))
+    rows, lengths = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (sort, made) in enumerate(sorts.items()):
+            clock = _Clock()
+            detection = detection_for(held, Mode.DETECTED, names=detectors)
+            timed: Detection = replace(detection, detectors=[_TimedDetector(one, clock) for one in detection.detectors])
+            with closing(Ledger.open(Path(folder) / f"{number}.db")) as ledger:
+                plain = ledger.charge
+                ledger.charge = lambda *a, **k: clock.run("charge", lambda: plain(*a, **k))  # type: ignore[method-assign] # noqa: B023
+                sanitiser = Sanitiser(timed, _TimedSampler(sampler, clock), ledger, "bench", BUDGET)
+                times: list[dict[str, float]] = []
+                for place, texts in enumerate(
+                    track(islice(made(), warm_up + count), sort, warm_up + count, console=console)
+                ):
+                    time.sleep(0.005)
+                    row, tokens = _one(sanitiser, client, texts, clock)
+                    if place >= warm_up:
+                        times.append(row)
+                        lengths.append(tokens)
+            rows.append(_row(sort, times))
+    facts = {
+        "tokens of a prompt's newest text, median": statistics.median(lengths),
+        "detectors": detection.policy,
+        "load average of the machine": os.getloadavg()[0],
+    }
+    note = (
+        "Milliseconds, median and 95th percentile, one prompt at a time. 'whole' is the sanitiser: detect, charge, draw and "
+        "replace; 'embed' comes after it: tokens, rows of the table, the file that is sent. ε = 2, a budget that does not end."
+    )
+    settings = {"model": model.name, "detectors": ",".join(detectors), "prompts": count}
+    return Record("sanitising", rows, facts, settings, note)
+
+
+def _one(sanitiser: Sanitiser, client: ClientModel, texts: list[str], clock: _Clock) -> tuple[dict[str, float], int]:
+    clock.seconds.clear()
+    sanitised = clock.run("whole", lambda: sanitiser.sanitise(texts))
+    newest = sanitised.texts[-1]
+    tokens: list[int] = client.directory.tokenizer.encode(newest)
+    clock.run("embed", lambda: _embedded(client, newest))
+    seconds = dict(clock.seconds)
+    stages = ("detect", "charge", "draw")
+    seconds["replace"] = seconds["whole"] - sum(seconds.get(stage, 0.0) for stage in stages)
+    return seconds, len(tokens)
+
+
+def _embedded(client: ClientModel, text: str) -> bytes:
+    rows = client.rows(client.directory.tokenizer.encode(text))
+    return base64.b64encode(tensor_file(rows, client.dtype, client.width))
+
+
+def _row(sort: str, times: list[dict[str, float]]) -> dict[str, Any]:
+    def median(stage: str) -> float:
+        return 1e3 * statistics.median(row.get(stage, 0.0) for row in times)
+
+    whole = sorted(row["whole"] for row in times)
+    return {
+        "prompt": sort,
+        "whole": median("whole"),
+        "whole p95": 1e3 * whole[int(0.95 * (len(whole) - 1))],
+        **{stage: median(stage) for stage in ("detect", "charge", "draw", "replace", "embed")},
+    }
+
+
+def _chat() -> Iterator[list[str]]:
+    history: list[str] = []
+    for text in prompts.letters(2):
+        history = [*history, text] if len(history) <= TURNS else [text]
+        yield list(history)
