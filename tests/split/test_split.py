@@ -19,6 +19,7 @@ from cloister.errors import (
     UnsupportedModelError,
     WireError,
 )
+from cloister.model.embedding import EmbeddingLayer
 from cloister.privacy.accounting import Charge, pure
 from cloister.privacy.ledger import Entry, Ledger
 from cloister.privacy.mechanism import Cost
@@ -81,6 +82,10 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return folder, model
 
 
+def embedding(folder: Path) -> EmbeddingPart:
+    return EmbeddingPart(EmbeddingLayer.open(folder), unsanitised)
+
+
 class Served:
     """A split server on a free port."""
 
@@ -101,13 +106,13 @@ def served(decoder: tuple[Path, Any]) -> Iterator[Served]:
 
 def test_greedy_output_equals_the_unsplit_model(served: Served, decoder: tuple[Path, Any]) -> None:
     folder, whole = decoder
-    part = EmbeddingPart(folder)
+    part = embedding(folder)
     tokens = part.tokenizer.encode(TEXT)
     expected = whole.generate(torch.tensor([tokens]), max_new_tokens=20, do_sample=False)[0, len(tokens) :].tolist()
     spent = Spent()
     with SplitClient(part, served.address) as client:
         for _ in range(2):  # a second session on the same connection knows nothing of the first
-            made = list(client.generate(tokens, 20, unsanitised, spent))
+            made = list(client.generate(tokens, 20, spent))
             assert made == [token for token in expected if token != 1][: len(made)]
             assert len(made) == 20 or expected[len(made)] == 1
     assert spent.hand_offs >= len(spent.tokens)  # one for each forward pass
@@ -115,24 +120,22 @@ def test_greedy_output_equals_the_unsplit_model(served: Served, decoder: tuple[P
 
 
 def test_sampling_repeats_with_its_seed(served: Served, decoder: tuple[Path, Any]) -> None:
-    part = EmbeddingPart(decoder[0])
+    part = embedding(decoder[0])
     with SplitClient(part, served.address) as client:
-        first, again = (
-            list(client.generate([2, 3], 12, unsanitised, temperature=1.0, top_k=9, top_p=0.9, seed=3)) for _ in "ab"
-        )
+        first, again = (list(client.generate([2, 3], 12, temperature=1.0, top_k=9, top_p=0.9, seed=3)) for _ in "ab")
         assert first == again
         with pytest.raises(RequestError, match="Sampling"):
-            list(client.generate([2], 2, unsanitised, colour=1))
+            list(client.generate([2], 2, colour=1))
 
 
 def test_a_classifier_gives_the_unsplit_scores(classifier: tuple[Path, Any]) -> None:
     folder, whole = classifier
     made = Served(folder)
-    part = EmbeddingPart(folder)
+    part = embedding(folder)
     tokens = part.tokenizer.encode(TEXT)
     expected = whole(input_ids=torch.tensor([tokens])).logits.softmax(-1)[0].tolist()
     with SplitClient(part, made.address) as client:
-        scores = client.classify(tokens, unsanitised)
+        scores = client.classify(tokens)
     assert list(scores) == ["bad", "good"]
     assert list(scores.values()) == pytest.approx(expected, abs=SCORE_TOLERANCE)
     made.server.close()
@@ -163,18 +166,18 @@ def test_a_tied_head_is_refused_unless_told(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="has the table"):
         ServerModel.open(tmp_path)
     made = Served(tmp_path, allow_tied=True)
-    part = EmbeddingPart(tmp_path)
+    part = embedding(tmp_path)
     tokens = part.tokenizer.encode(TEXT)
     expected = whole.generate(torch.tensor([tokens]), max_new_tokens=8, do_sample=False)[0, len(tokens) :].tolist()
     with SplitClient(part, made.address) as client:
-        made_tokens = list(client.generate(tokens, 8, unsanitised))
+        made_tokens = list(client.generate(tokens, 8))
     assert made_tokens == [token for token in expected if token != 1][: len(made_tokens)]
     made.server.close()
 
 
 def test_the_published_sanitiser_replaces_rare_tokens_and_pays(decoder: tuple[Path, Any], tmp_path: Path) -> None:
     pytest.importorskip("dp_accounting", reason="dp-accounting (the extra `gateway`) is not installed")
-    part = EmbeddingPart(decoder[0])
+    layer = EmbeddingLayer.open(decoder[0])
     ledger = Ledger.open(tmp_path / "ledger.db")
     ledger.open_session("s", 30.0, pure(1.0), "published")
 
@@ -183,10 +186,10 @@ def test_the_published_sanitiser_replaces_rare_tokens_and_pays(decoder: tuple[Pa
 
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("the fox and the tree\n" * 3 + "a bird sang\n")
-    rare = rare_tokens(part.tokenizer, corpus, 0.5)
+    rare = rare_tokens(layer.tokenizer, corpus, 0.5)
     assert WORDS.index("kite") in rare
     assert WORDS.index("the") not in rare
-    sanitise = AsPublished(part, 1.0, rare, pay)
+    sanitise = AsPublished(layer, 1.0, rare, pay)
     tokens = [0, WORDS.index("the"), WORDS.index("kite"), WORDS.index("kite")]
     seen = set()
     for _ in range(12):
@@ -225,15 +228,15 @@ def test_hostile_bytes_end_a_connection_and_nothing_else(
     served: Served, decoder: tuple[Path, Any], data: bytes
 ) -> None:
     assert raw(served.address, data) == b""
-    with SplitClient(EmbeddingPart(decoder[0]), served.address) as client:
-        assert list(client.generate([2, 3], 2, unsanitised))
+    with SplitClient(embedding(decoder[0]), served.address) as client:
+        assert list(client.generate([2, 3], 2))
 
 
 def test_the_server_refuses_what_does_not_fit(served: Served, decoder: tuple[Path, Any]) -> None:
-    part = EmbeddingPart(decoder[0])
+    part = embedding(decoder[0])
     with SplitClient(part, served.address) as client:
         with pytest.raises(RequestError, match="context ends at 64"):
-            list(client.generate([2] * 65, 2, unsanitised))
+            list(client.generate([2] * 65, 2))
         send(client._connection, Frame(Kind.STEP, 77, Element.F32, np.zeros((1, 32), np.float32)))
         with pytest.raises(RequestError, match="no such session"):
             client._expect(Kind.TOKENS, 77)
@@ -242,7 +245,7 @@ def test_the_server_refuses_what_does_not_fit(served: Served, decoder: tuple[Pat
             send(client._connection, Frame(Kind.STEP, session, Element.F32, wrong))
             with pytest.raises(RequestError):
                 client._expect(Kind.TOKENS, session)
-        assert list(client.generate([2, 3], 2, unsanitised))  # the connection goes on
+        assert list(client.generate([2, 3], 2))  # the connection goes on
 
 
 def answering(frames: list[Frame]) -> str:
@@ -264,7 +267,7 @@ def answering(frames: list[Frame]) -> str:
 
 
 def test_a_server_that_lies_or_leaves(decoder: tuple[Path, Any], served: Served) -> None:
-    part = EmbeddingPart(decoder[0])
+    part = embedding(decoder[0])
     hello = text_frame(Kind.HELLO, 0, served.model.describe())
     other = text_frame(Kind.HELLO, 0, {**served.model.describe(), "hidden_size": 64})
     with pytest.raises(EngineProtocolError, match="hidden_size"):
@@ -281,10 +284,10 @@ def test_a_server_that_lies_or_leaves(decoder: tuple[Path, Any], served: Served)
     wrong_session = Frame(Kind.TOKENS, 5, Element.I32, np.array([[3]], np.int32))
     for frame in (beyond, wrong_session):
         with SplitClient(part, answering([hello, frame])) as client, pytest.raises(EngineProtocolError):
-            list(client.generate([2], 3, unsanitised))
+            list(client.generate([2], 3))
     good = Frame(Kind.TOKENS, 1, Element.I32, np.array([[3]], np.int32))
     with SplitClient(part, answering([hello, good])) as client, pytest.raises(EngineUnreachableError):
-        list(client.generate([2], 3, unsanitised))
+        list(client.generate([2], 3))
 
 
 def test_models_that_cannot_be_split(decoder: tuple[Path, Any], tmp_path: Path) -> None:

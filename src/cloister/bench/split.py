@@ -24,6 +24,7 @@ def run(model: Path, tokens: int, repeats: int, epsilon: float, smoke: bool, con
     import torch
     from transformers import DynamicCache
 
+    from cloister.model.embedding import EmbeddingLayer
     from cloister.split.client import EmbeddingPart, Spent, SplitClient
     from cloister.split.model import ServerModel
     from cloister.split.sanitise import AsPublished, rare_tokens, unsanitised
@@ -31,16 +32,19 @@ def run(model: Path, tokens: int, repeats: int, epsilon: float, smoke: bool, con
 
     if smoke:
         tokens, repeats = min(tokens, 8), 1
-    part = EmbeddingPart(model)
+    layer = EmbeddingLayer.open(model)
+    part = EmbeddingPart(layer, unsanitised)
     prompt = part.tokenizer.encode(PROMPT_WORDS * 4)[:100]
     whole = _whole(model)
     served = ServerModel.open(model, allow_tied=True)
     listener = socket.create_server(("127.0.0.1", 0))
     server = SplitServer(served, listener)
     threading.Thread(target=server.serve, daemon=True).start()
-    published = AsPublished(part, epsilon, rare_tokens(part.tokenizer, None, 0.5), lambda cost, count: None)
+    published = AsPublished(layer, epsilon, rare_tokens(layer.tokenizer, None, 0.5), lambda cost, count: None)
+    sanitising = EmbeddingPart(layer, published)
     spent = {"split": Spent(), "split, as published": Spent()}
-    with SplitClient(part, f"127.0.0.1:{listener.getsockname()[1]}") as client, _enclave(model) as enclave:
+    address = f"127.0.0.1:{listener.getsockname()[1]}"
+    with SplitClient(part, address) as plain, SplitClient(sanitising, address) as second, _enclave(model) as enclave:
 
         def in_enclave() -> int:
             reply = enclave.generate(PROMPT_WORDS * 4, temperature=0, max_new_tokens=tokens, ignore_eos=True)
@@ -58,13 +62,13 @@ def run(model: Path, tokens: int, repeats: int, epsilon: float, smoke: bool, con
                 inputs = torch.tensor([[token]])
             return tokens
 
-        def split(name: str, sanitise: Callable[..., list[int]]) -> Callable[[], int]:
-            return lambda: sum(1 for _ in client.generate(prompt, tokens, sanitise, spent[name]))
+        def split(name: str, client: SplitClient) -> Callable[[], int]:
+            return lambda: sum(1 for _ in client.generate(prompt, tokens, spent[name]))
 
         ways: dict[str, Callable[[], int]] = {
             "whole, unprotected (transformers)": unsplit,
-            "split": split("split", unsanitised),
-            "split, as published": split("split, as published", published),
+            "split": split("split", plain),
+            "split, as published": split("split, as published", second),
             "all in the enclave": in_enclave,
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}

@@ -14,8 +14,8 @@ from cloister.cli.display import stderr
 from cloister.errors import RequestError, SettingsError
 
 if TYPE_CHECKING:
-    from cloister.privacy.mechanism import Cost
-    from cloister.split.client import EmbeddingPart, Sanitise, Spent, SplitClient
+    from cloister.model.tokenizer import Tokenizer
+    from cloister.split.client import Spent, SplitClient
 
 PORT: Final = 8398
 
@@ -85,6 +85,9 @@ def split_client(
     budget: Annotated[float, typer.Option("--budget", help="ε of a whole session.")] = 1000.0,
     session: Annotated[str, typer.Option("--session", help="The session of the ledger.")] = "split",
     ledger: Annotated[Path | None, typer.Option("--ledger", help="The record of what was spent.")] = None,
+    broker: Annotated[
+        str, typer.Option("--broker", help="For a sealed package: host:port or unix:PATH of its owner's broker.")
+    ] = "",
     max_tokens: o.TokensOption = 128,
     temperature: o.TemperatureOption = 0.0,
     top_k: o.TopKOption = None,
@@ -94,6 +97,8 @@ def split_client(
 ) -> None:
     """Embed and sanitise a prompt here, and let a split server compute the rest; each new token is embedded here too.
 
+    A confined process holds the embedding table and does both. MODEL may be a sealed package (cloister seal --only embeddings).
+
     [bold]cloister split-client ~/models/Llama-2-7b-hf --server gpu-host:8398 --as-published -p "Once upon a time"[/bold]
     """
     if as_published == unsanitised:
@@ -101,44 +106,52 @@ def split_client(
             "Say what happens to the prompt.",
             remedy="Give --as-published, or --unsanitised; else use `cloister gateway`.",
         )
-    from cloister.split.client import EmbeddingPart, Spent, SplitClient
-    from cloister.split.sanitise import unsanitised as as_it_is
+    from cloister.cli.gateway import ledger_path
+    from cloister.local.client_part import client_folder
+    from cloister.local.sanitising import SanitisingEnclave
+    from cloister.split.client import Spent, SplitClient
+    from cloister.split.confined import ConfinedPart
+    from cloister.wire.sanitising import OpenSplit
 
     text = _prompt(prompt)
-    part = EmbeddingPart(model)
-    sanitise = as_it_is if unsanitised else _published(part, epsilon, share, corpus, budget, session, ledger)
+    asked = OpenSplit(
+        model=str(model.resolve()), ledger=str((ledger or ledger_path()).resolve()), budget=budget, session=session,
+        sanitiser="none" if unsanitised else "as-published", epsilon=epsilon, share=share,
+        corpus=str(corpus.resolve()) if corpus else "",
+    )  # fmt: skip
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     spent = Spent()
-    with SplitClient(part, server) as client:
-        if client.hello.get("kind") == "classifier":
-            print(json.dumps(client.classify(part.tokenizer.encode(text), sanitise, spent)))
-            return
-        tokens = (
-            part.tokenizer.encode_chat([{"role": "user", "content": text}]) if chat else part.tokenizer.encode(text)
-        )
-        given = {name: value for name, value in options.items() if value is not None}
-        _answer(client, part, tokens, max_tokens or 128, sanitise, spent, given, as_json)
+    with client_folder(model) as folder:
+        tokenizer = folder.tokenizer()
+    with SanitisingEnclave(asked, broker) as enclave:
+        part = ConfinedPart(enclave.prompts, enclave.ready.facts, tokenizer)
+        with SplitClient(part, server) as client:
+            if client.hello.get("kind") == "classifier":
+                print(json.dumps(client.classify(tokenizer.encode(text), spent)))
+                return
+            tokens = tokenizer.encode_chat([{"role": "user", "content": text}]) if chat else tokenizer.encode(text)
+            given = {name: value for name, value in options.items() if value is not None}
+            _answer(client, tokenizer, tokens, max_tokens or 128, spent, given, as_json)
 
 
 def _answer(
     client: "SplitClient",
-    part: "EmbeddingPart",
+    tokenizer: "Tokenizer",
     tokens: list[int],
     most: int,
-    sanitise: "Sanitise",
     spent: "Spent",
     sampling: dict[str, float],
     as_json: bool,
 ) -> None:
     shown = ""
-    for _ in client.generate(tokens, most, sanitise, spent, **sampling):
-        text = part.tokenizer.decode(spent.tokens)
+    for _ in client.generate(tokens, most, spent, **sampling):
+        text = tokenizer.decode(spent.tokens)
         if not as_json and not text.endswith("\ufffd"):
             print(text[len(shown) :], end="", flush=True)
             shown = text
     if as_json:
         record = {
-            "text": part.tokenizer.decode(spent.tokens),
+            "text": tokenizer.decode(spent.tokens),
             "tokens": len(spent.tokens),
             "hand_offs": spent.hand_offs,
             "bytes_sent": spent.bytes_sent,
@@ -148,31 +161,6 @@ def _answer(
         print(json.dumps(record))
     else:
         print()
-
-
-def _published(
-    part: "EmbeddingPart",
-    epsilon: float,
-    share: float,
-    corpus: Path | None,
-    budget: float,
-    session: str,
-    path: Path | None,
-) -> "Sanitise":
-    from cloister.cli.gateway import ledger_path
-    from cloister.privacy.accounting import Charge, pure
-    from cloister.privacy.ledger import Entry, Ledger
-    from cloister.split.sanitise import AsPublished, rare_tokens
-
-    book = Ledger.open(path or ledger_path())
-    book.open_session(
-        session, budget, pure(epsilon), f"detected; rare tokens ({share:g}); as published, ε = {epsilon:g} per token"
-    )
-
-    def pay(cost: "Cost", count: int) -> None:
-        book.charge(session, [Entry("token", Charge(cost, count, sampled=False))])
-
-    return AsPublished(part, epsilon, rare_tokens(part.tokenizer, corpus, share), pay)
 
 
 def _prompt(prompt: str | None) -> str:

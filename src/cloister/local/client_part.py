@@ -16,6 +16,7 @@ from cloister.isolation.secret_memory import Secret
 from cloister.local.owner import Owner
 from cloister.model.embedding import EmbeddingLayer
 from cloister.model.files import HeldFolder
+from cloister.model.tokenizer import Tokenizer
 from cloister.privacy import candidate_file
 from cloister.seal.client import connected, fetch_key
 from cloister.seal.manifest import Expected
@@ -25,8 +26,8 @@ from cloister.wire.sanitising import policy_digest
 
 SIGNERS: Final = "the broker releases keys of known packages only"
 
-Measure = Callable[[bytes, bytes], bytes]
-"""Given the root of a package and a policy, returns the measurement of this program with both."""
+Measure = Callable[[], bytes]
+"""Returns the measurement of this program with the package and the policy."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,14 @@ class ClientFolder:
     def root(self) -> bytes:
         """Identity of a sealed package; empty of a plain folder."""
         return self.package.root if self.package is not None else b""
+
+    def tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer, which is public.
+
+        Raises:
+            TokenizerError: there is none that can be used.
+        """
+        return Tokenizer.open(self.files if self.files is not None else self.path)
 
     def candidates(self, chosen: str) -> tuple[bytes, Path]:
         """Returns the content of a candidate file and where it lies: the chosen one, or the package's or the folder's own.
@@ -77,7 +86,7 @@ class ClientFolder:
     def _key(package: Package, owner: Owner | None, measure: Measure, policy: bytes) -> Secret:
         if owner is None:
             raise SealError(f"{package.folder} is sealed, and no broker was named.", remedy="Name it with --broker.")
-        digest = measure(package.root, policy)
+        digest = measure()
         with closing(connected(owner.broker)) as connection:
             return fetch_key(
                 connection, package.manifest, owner.attester(digest), measurement=digest, plan=policy_digest(policy)

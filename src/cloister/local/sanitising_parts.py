@@ -14,7 +14,6 @@ from typing import Any, Final
 
 from cloister.attest.binding import Binding
 from cloister.attest.document import Attestation
-from cloister.attest.evidence import Attester
 from cloister.attest.measure import measure, this_program
 from cloister.errors import SettingsError, WireError
 from cloister.gateway.embedding import PromptMaker
@@ -55,31 +54,30 @@ STAND_IN: Final = "software stand-in (not a TEE: the host can read its memory)"
 Handle = Callable[[Question], Answer]
 
 
-def measured(root: bytes, policy: bytes) -> bytes:
-    """Returns the measurement of this program with the package that it opens and its policy: 32 bytes."""
-    return measure(this_program(Settings(), model=root or None, sanitising=policy)).digest
-
-
 class Prover:
-    """Makes evidence for nonces; measures this program when it is first asked."""
+    """Proves what this process is: its program, the package that it opens, and its policy. Measures once, when first asked."""
 
     def __init__(self, prove: Prove, root: bytes, policy: bytes) -> None:
         self._prove = prove
         self._root = root
         self._policy = policy
-        self._made: tuple[Attester, bytes] | None = None
+        self._digest = b""
+
+    def measurement(self) -> bytes:
+        """Returns the measurement of this program with the package and the policy: 32 bytes."""
+        if not self._digest:
+            subject = this_program(Settings(), model=self._root or None, sanitising=self._policy)
+            self._digest = measure(subject).digest
+        return self._digest
 
     def document(self, nonce: bytes) -> bytes:
         """Returns an attestation (`attest.document`) bound to a nonce, the package's root and the policy."""
-        if self._made is None:
-            digest = measured(self._root, self._policy)
-            self._made = self._prove(digest), digest
-        attester, digest = self._made
+        digest = self.measurement()
         binding = Binding(
             nonce=nonce, key=b"", model_root=self._root, measurement=digest, plan=policy_digest(self._policy),
             context=CONTEXT,
         )  # fmt: skip
-        return Attestation(evidence=attester.evidence(binding.report_data()), binding=binding).encode()
+        return Attestation(evidence=self._prove(digest).evidence(binding.report_data()), binding=binding).encode()
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,8 @@ def open_gateway(asked: OpenGateway, owner: Owner | None, prove: Prove) -> Opene
                 "public_words": _words_digest(public),
             }
         )  # fmt: skip
-        layer = folder.open(owner, measured, policy)
+        prover = Prover(prove, folder.root, policy)
+        layer = folder.open(owner, prover.measurement, policy)
         files = folder.files if folder.files is not None else folder.path
         context = read_spec(files / "config.json").max_positions
         root = folder.root
@@ -124,7 +123,6 @@ def open_gateway(asked: OpenGateway, owner: Owner | None, prove: Prove) -> Opene
     guard = PromptGuard(
         protection(detection, sampler, Ledger.open(ledger)), maker, asked.budget, reports=Ledger.open(ledger)
     )
-    prover = Prover(prove, root, policy)
 
     def prompts(question: Question) -> Answer:
         match question:

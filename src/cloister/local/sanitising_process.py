@@ -20,11 +20,13 @@ from pathlib import Path
 from cloister.errors import CloisterError, RequestError, WireError
 from cloister.local.owner import Owner, Prove, stand_in
 from cloister.local.sanitising_parts import Handle, Opened, open_gateway
+from cloister.local.sanitising_split import open_split
 from cloister.wire.sanitising import (
     Answer,
     Failure,
     FramedSocket,
     OpenGateway,
+    OpenSplit,
     Question,
     answering_end,
 )
@@ -62,6 +64,8 @@ def _opened(first: Question, owner: Owner | None, prove: Prove) -> Opened:
     match first:
         case OpenGateway():
             return open_gateway(first, owner, prove)
+        case OpenSplit():
+            return open_split(first, owner, prove)
     raise WireError("The first message must open something.")
 
 

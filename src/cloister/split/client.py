@@ -1,59 +1,99 @@
-"""The client's part: tokenizer, embedding table and sanitiser; embeds the prompt, then every token that comes back.
+"""The client of a split server: sends a sanitised prompt's embeddings, then the embedding of every token that comes back.
 
-Covers: Llama-family decoders and BERT classifiers; one hand-off per forward pass over one persistent connection.
+Covers: Llama-family decoders and BERT classifiers; one hand-off per forward pass over one persistent connection; embedding in
+this process (`EmbeddingPart`) or in the sanitising enclave (`split.confined`).
 Guarantees: what crosses are rows of the table for sanitised tokens and for tokens that the server itself generated; each
-frame is a copy of its rows and nothing else. Imports no PyTorch: this is what runs in the client-side enclave.
+frame is a copy of its rows and nothing else. Imports no PyTorch.
 Does not cover: hiding the tokens from a server that knows the table; that is the sanitiser's part.
 """
 
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from cloister.errors import EngineProtocolError, EngineUnreachableError, ModelError, RequestError, WireError
-from cloister.model.checkpoint import Checkpoint
-from cloister.model.files import read_object
+from cloister.errors import EngineProtocolError, EngineUnreachableError, RequestError, WireError
+from cloister.model.embedding import EmbeddingLayer
 from cloister.model.tokenizer import Tokenizer
 from cloister.split.frames import Element, Frame, Kind, parse_address, receive, send, text_frame
-
-TABLES: Final = ("model.embed_tokens.weight", "bert.embeddings.word_embeddings.weight", "lm_head.weight")
-"""Names under which a table is stored; the last for tied models that keep it there."""
 
 Sanitise = Callable[[Sequence[int]], list[int]]
 """Returns the tokens that are sent for tokens; as many as it is given."""
 
 
-class EmbeddingPart:
-    """The embedding layer of a model directory, with its tokenizer."""
+@runtime_checkable
+class ClientPart(Protocol):
+    """What embeds: a prompt, sanitised first, and then the tokens that follow it."""
 
-    def __init__(self, directory: Path) -> None:
-        """Reads the table and the tokenizer.
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, which is public."""
 
-        Raises:
-            ModelError: one of them is missing or damaged.
+    @property
+    def element(self) -> Element:
+        """The table's element type."""
+
+    @property
+    def described(self) -> Mapping[str, Any]:
+        """Dimensions and kind of the model, as a split server says them."""
+
+    def begin(self, tokens: Sequence[int], most: int) -> tuple[np.ndarray, float]:
+        """Returns the embeddings of a prompt once it is sanitised, `[tokens, width]`, and the seconds that sanitising took.
+
+        At most `most` tokens may be embedded afterwards.
         """
-        self.config = read_object(directory / "config.json", ModelError)
-        self.tokenizer = Tokenizer.open(directory)
-        with Checkpoint.open(directory) as checkpoint:
-            tied = bool(self.config.get("tie_word_embeddings", self.config.get("model_type") == "bert"))
-            names = [name for name in (TABLES if tied else TABLES[:2]) if name in checkpoint.names()]
-            if not names:
-                raise ModelError(f"{directory} holds no embedding table.", remedy="Use the whole model's folder here.")
-            self.table = checkpoint.raw(names[0])
-            self.element = Element[checkpoint.dtype(names[0])]
 
-    def rows(self, tokens: Sequence[int]) -> np.ndarray:
-        """Returns the embeddings of `tokens`, `[tokens, hidden]`, in memory of its own."""
-        wanted = np.asarray(tokens, np.int64)
-        if not len(wanted) or wanted.min() < 0 or wanted.max() >= len(self.table):
-            raise RequestError("A token has no embedding.", remedy="Tokenizer and table belong to different models.")
-        return self.table[wanted]
+    def following(self, token: int) -> np.ndarray:
+        """Returns the embedding of the token that the server returned, `[1, width]`."""
+
+
+class EmbeddingPart:
+    """A `ClientPart` in this process."""
+
+    def __init__(self, layer: EmbeddingLayer, sanitise: Sanitise) -> None:
+        self._layer = layer
+        self._sanitise = sanitise
+        self._left = 0
+        self.described = described(layer)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """See `ClientPart`."""
+        return self._layer.tokenizer
+
+    @property
+    def element(self) -> Element:
+        """See `ClientPart`."""
+        return Element[self._layer.dtype]
+
+    def begin(self, tokens: Sequence[int], most: int) -> tuple[np.ndarray, float]:
+        """See `ClientPart`."""
+        begun = time.perf_counter()
+        sent = self._sanitise(tokens)
+        seconds = time.perf_counter() - begun
+        self._left = most
+        return self._layer.rows(sent), seconds
+
+    def following(self, token: int) -> np.ndarray:
+        """See `ClientPart`."""
+        if self._left < 1:
+            raise RequestError("More tokens are to be embedded than were announced.", remedy="Begin another prompt.")
+        self._left -= 1
+        return self._layer.rows([token])
+
+
+def described(layer: EmbeddingLayer) -> dict[str, Any]:
+    """Returns what a split server of the same model says of itself."""
+    return {
+        "hidden_size": layer.width,
+        "vocab_size": len(layer.table),
+        "model_type": layer.config.get("model_type"),
+        "layers": layer.config.get("num_hidden_layers"),
+    }
 
 
 @dataclass
@@ -76,7 +116,7 @@ class Spent:
 class SplitClient:
     """A connection to a split server. Use it as a context manager."""
 
-    def __init__(self, part: EmbeddingPart, address: str, timeout_seconds: float = 60.0) -> None:
+    def __init__(self, part: ClientPart, address: str, timeout_seconds: float = 60.0) -> None:
         """Connects and checks that the server's model is this one.
 
         Raises:
@@ -94,9 +134,7 @@ class SplitClient:
             ) from error
         try:
             self.hello = self._expect(Kind.HELLO, 0).text()
-            ours = {"hidden_size": part.table.shape[1], "vocab_size": len(part.table)}
-            ours |= {"model_type": part.config.get("model_type"), "layers": part.config.get("num_hidden_layers")}
-            for key, value in ours.items():
+            for key, value in part.described.items():
                 if self.hello.get(key) != value:
                     raise EngineProtocolError(
                         f"The split server's {key} is {self.hello.get(key)!r}, this model's {value!r}.",
@@ -107,11 +145,11 @@ class SplitClient:
             raise
 
     def generate(
-        self, tokens: Sequence[int], most: int, sanitise: Sanitise, spent: Spent | None = None, **sampling: float
+        self, tokens: Sequence[int], most: int, spent: Spent | None = None, **sampling: float
     ) -> Iterator[int]:
         """Yields the tokens of a continuation of at most `most` tokens; ends before the model's end token.
 
-        `sanitise` is applied to `tokens`, before anything is sent; `sampling` are `temperature`, `top_p`, `top_k`, `seed`.
+        `tokens` are sanitised before anything is sent; `sampling` are `temperature`, `top_p`, `top_k`, `seed`.
 
         Raises:
             RequestError: the server refuses, for instance an over-long prompt.
@@ -119,7 +157,7 @@ class SplitClient:
         """
         figures = spent if spent is not None else Spent()
         begun = time.perf_counter()
-        rows = self._part.rows(self._sanitised(tokens, sanitise, figures))
+        rows = self._begun(tokens, most, figures)
         session = self._open(sampling)
         try:
             for _ in range(most):
@@ -129,15 +167,15 @@ class SplitClient:
                     return
                 figures.tokens.append(token)
                 yield token
-                rows = self._part.rows([token])
+                rows = self._part.following(token)
         finally:
             self._close(session)
 
-    def classify(self, tokens: Sequence[int], sanitise: Sanitise, spent: Spent | None = None) -> dict[str, float]:
+    def classify(self, tokens: Sequence[int], spent: Spent | None = None) -> dict[str, float]:
         """Returns the probability of each label for a text's tokens."""
         figures = spent if spent is not None else Spent()
         begun = time.perf_counter()
-        rows = self._part.rows(self._sanitised(tokens, sanitise, figures))
+        rows = self._begun(tokens, 0, figures)
         session = self._open({})
         try:
             scores = self._step(session, rows, Kind.SCORES, figures).payload[0].astype(np.float64)
@@ -160,16 +198,14 @@ class SplitClient:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    @staticmethod
-    def _sanitised(tokens: Sequence[int], sanitise: Sanitise, figures: Spent) -> list[int]:
-        begun = time.perf_counter()
-        sent = sanitise(tokens)
-        figures.sanitising += time.perf_counter() - begun
-        return sent
+    def _begun(self, tokens: Sequence[int], most: int, figures: Spent) -> np.ndarray:
+        rows, seconds = self._part.begin(tokens, most)
+        figures.sanitising += seconds
+        return rows
 
     def _next(self, session: int, rows: np.ndarray, figures: Spent) -> int:
         frame = self._step(session, rows, Kind.TOKENS, figures)
-        if frame.payload.shape != (1, 1) or not 0 <= int(frame.payload[0, 0]) < len(self._part.table):
+        if frame.payload.shape != (1, 1) or not 0 <= int(frame.payload[0, 0]) < self._part.described["vocab_size"]:
             raise EngineProtocolError("The split server's answer is no token of the vocabulary.")
         return int(frame.payload[0, 0])
 

@@ -9,15 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from cloister.errors import SettingsError
 from cloister.model.checkpoint import widen
+from cloister.model.embedding import EmbeddingLayer
 from cloister.model.tokenizer import Tokenizer
 from cloister.privacy.mechanism import Cost
 from cloister.privacy.published import PublishedNoisyMax, low_frequency
-from cloister.split.client import EmbeddingPart
-from cloister.split.frames import Element
 
 Pay = Callable[[Cost, int], None]
 """Charges so many draws at so much; raises when the budget does not cover them."""
@@ -26,10 +23,9 @@ Pay = Callable[[Cost, int], None]
 class AsPublished:
     """The published sanitiser over tokens."""
 
-    def __init__(self, part: EmbeddingPart, epsilon: float, sensitive: Iterable[int], pay: Pay) -> None:
-        table = widen(part.table) if part.element is Element.BF16 else part.table.astype(np.float32)
-        self._mechanism = PublishedNoisyMax(table, epsilon)
-        control = {token for token, piece in enumerate(part.tokenizer.pieces()) if not piece}
+    def __init__(self, layer: EmbeddingLayer, epsilon: float, sensitive: Iterable[int], pay: Pay) -> None:
+        self._mechanism = PublishedNoisyMax(widen(layer.table), epsilon)
+        control = {token for token, piece in enumerate(layer.tokenizer.pieces()) if not piece}
         self._sensitive = frozenset(sensitive) - control
         self._pay = pay
 
