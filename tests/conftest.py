@@ -3,9 +3,12 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
+hypothesis.settings.register_profile("cloister", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("cloister")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU in these tests
 
 SHARED_ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"

@@ -51,7 +51,7 @@ def check(multiplier: Multiplier, rows: np.ndarray, weight: np.ndarray) -> None:
     np.testing.assert_array_equal(out, product_in_float64(rows, weight))
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 20), st.integers(1, 150), st.integers(1, 40), st.integers(0, 2**32 - 1))
 def test_random_products_of_every_shape_are_exact(
     multiplier: Multiplier, tokens: int, d_in: int, d_out: int, seed: int
@@ -81,7 +81,6 @@ def test_a_sealed_weight_is_multiplied_where_it_lies_without_a_word(
         check(multiplier, rng.integers(-9, 9, (2, 40), dtype=np.int32), map_sealed_matrix(memory.fileno(), (24, 40)))
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(-HALF, HALF), min_size=1, max_size=9))
 def test_signed_digits_add_up(values: list[int]) -> None:
     rows = np.array([values], np.int32)

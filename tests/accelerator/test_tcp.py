@@ -267,7 +267,7 @@ def test_a_weight_with_a_forbidden_value_is_refused(server: AcceleratorServer) -
     client.close()
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.sampled_from(Kind), st.integers(0, 3), st.integers(0, 70), st.binary(max_size=90))))
 def test_a_server_survives_any_sequence_of_frames(
     server: AcceleratorServer, script: list[tuple[Kind, int, int, bytes]]

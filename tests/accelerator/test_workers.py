@@ -314,7 +314,7 @@ def test_an_arena_cannot_be_truncated_by_the_other_side() -> None:
     arena.close()
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200))
 def test_a_server_survives_any_bytes(server: AcceleratorServer, data: bytes) -> None:
     host, port = parse_address(server.address)
@@ -370,7 +370,6 @@ def test_what_is_not_an_address_is_refused(address: str) -> None:
         RemoteAccelerator(address)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=64))
 def test_no_bytes_decode_to_anything_but_a_frame_or_a_wire_error(data: bytes) -> None:
     try:

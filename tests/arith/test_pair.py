@@ -19,7 +19,7 @@ def multiply(left: np.ndarray, right: np.ndarray, transposed: bool, first: int =
     return out
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.integers(1, 3), st.integers(1, 5), st.integers(1, 70), st.integers(1, 40), st.booleans(), st.integers(0, 2**32 - 1)
 )  # fmt: skip
@@ -30,7 +30,6 @@ def test_every_shape_is_exact(heads: int, rows: int, width: int, n: int, transpo
     np.testing.assert_array_equal(multiply(left, right, transposed), pair_product_reference(left, right, transposed))
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(-HALF, HALF), st.integers(-HALF, HALF)), min_size=1, max_size=50), st.booleans())
 def test_any_elements_are_exact_by_python_integers(pairs: list[tuple[int, int]], transposed: bool) -> None:
     left = np.array([[[a for a, _ in pairs]]], np.int32)

@@ -31,7 +31,7 @@ def lent(weight: np.ndarray, rows: np.ndarray, isa: InstructionSet, team: Team |
 
 
 @pytest.mark.parametrize("isa", AVAILABLE)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 200), st.integers(1, 20), st.integers(1, 6), st.integers(0, 2**32 - 1))
 def test_any_shape_is_exact(isa: InstructionSet, d_in: int, d_out: int, tokens: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -111,7 +111,6 @@ def test_the_longest_left_product_does_not_overflow() -> None:
     assert (left_product(left, weight) == centre(100_000 * -127 * HALF)).all()
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(-HALF, HALF), min_size=1, max_size=150))
 def test_digits_add_up_to_the_element(values: list[int]) -> None:
     rows = np.array([values], np.int32)

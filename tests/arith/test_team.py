@@ -13,7 +13,7 @@ from cloister.arith.doorbell import Doorbell
 from cloister.arith.team import Team
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 4), st.integers(0, 300), st.integers(1, 9), st.sampled_from([0, 20]))
 def test_every_index_is_covered_once(threads: int, total: int, step: int, looks: int) -> None:
     counts, starts = np.zeros(total, np.int64), []

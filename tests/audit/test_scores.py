@@ -26,7 +26,7 @@ def test_without_a_trial_nothing_is_claimed() -> None:
     assert (nothing.rate, nothing.lower, nothing.upper) == (0.0, 0.0, 1.0)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 40), st.integers(1, 40), st.floats(0, 1))
 def test_the_tail_of_a_binomial_is_scipys(successes: int, trials: int, rate: float) -> None:
     assert binomial_tail(successes, trials, rate) == pytest.approx(
@@ -41,7 +41,7 @@ def test_entropy_is_that_of_the_frequencies() -> None:
     assert entropy_bits([]) == 0
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.integers(2, 5), st.integers(2, 6), st.integers(0, 2**32 - 1))
 def test_fanos_bound_is_below_the_mutual_information(kinds: int, outcomes: int, seed: int) -> None:
     joint = np.random.default_rng(seed).dirichlet(np.full(kinds * outcomes, 0.3)).reshape(kinds, outcomes)

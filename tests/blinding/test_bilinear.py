@@ -59,7 +59,7 @@ def exactly(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 floats = st.floats(-(2.0**40), 2.0**40, width=32)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 9), st.integers(1, 6), st.integers(1, 3), st.data())
 def test_dot_products_are_right_within_the_stated_error(width: int, n: int, rows: int, data: st.DataObject) -> None:
     draw = lambda shape: np.array(  # noqa: E731
@@ -71,7 +71,7 @@ def test_dot_products_are_right_within_the_stated_error(width: int, n: int, rows
     assert (off <= lengths * (dots_error(width) + 2.0**-23) + 1e-44).all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 3), st.integers(0, 2**32 - 1))
 def test_weighted_sums_are_right_within_the_stated_error(width: int, n: int, rows: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -121,7 +121,7 @@ def test_the_bounds_leave_room_for_the_longest_context() -> None:
         assert dots_reach(width) + 0.5 <= 2**15 - 1
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.booleans(),
     st.integers(1, 3),

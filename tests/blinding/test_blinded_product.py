@@ -48,7 +48,7 @@ OUTLIER[0, 7] = 3e38
 ONES = np.ones((5, 64), np.float32)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(layers_and_rows())
 @example((ONES, OUTLIER))
 @example((ONES, np.zeros((2, 64), np.float32)))
@@ -215,7 +215,7 @@ def test_no_tampering_out_of_a_hundred_thousand_is_accepted(checks: int, rng: np
     assert not out.any()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 3))
 def test_any_wrong_answer_is_refused_and_recovers_nothing(seed: int, kind: int) -> None:
     rng = np.random.default_rng(seed)

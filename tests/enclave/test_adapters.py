@@ -191,7 +191,7 @@ def test_two_adapters_and_the_base_alternate_without_a_trace(bases: dict[str, Ba
         np.testing.assert_array_equal(run(forward), alone[index])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     tokens=st.integers(1, 9),
     d_in=st.integers(1, 90),

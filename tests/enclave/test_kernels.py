@@ -14,7 +14,7 @@ TOLERANCE = 3e-6
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 300), st.integers(0, 2**32 - 1))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(shapes)
 def test_norms(shape: tuple[int, int, int]) -> None:
     tokens, dim, seed = shape
@@ -45,7 +45,7 @@ def test_the_exponential_is_within_its_stated_error() -> None:
     assert np.isfinite(kernels.exponential(np.float32(1e9)))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(shapes)
 def test_swiglu(shape: tuple[int, int, int]) -> None:
     tokens, ffn, seed = shape

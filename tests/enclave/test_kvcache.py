@@ -67,7 +67,7 @@ def test_a_negative_length_is_refused() -> None:
     assert sequence.tokens == 3
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.integers(1, 5),
     st.lists(st.tuples(st.integers(0, 2), st.booleans(), st.integers(0, 20)), max_size=20),

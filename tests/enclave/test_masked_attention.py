@@ -78,7 +78,7 @@ def lent(*accelerators: object, **changes: object) -> MaskedAttention:
     return MaskedAttention(roster, PadSource())
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     st.integers(1, 3), st.integers(1, 4), st.sampled_from([1, 8, 20, 64]), st.sampled_from([0, 1, 3, 9, 100]),
     st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(0, 2**32 - 1),

@@ -141,7 +141,7 @@ def test_a_signer_signs_for_its_own_sessions_until_it_is_closed(receipt: Receipt
         answered(signer)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.binary(max_size=300))
 def test_any_bytes_are_an_error_and_nothing_worse(content: bytes) -> None:
     with pytest.raises((EvidenceError, EvidenceUnsupportedError)):

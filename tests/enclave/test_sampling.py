@@ -77,7 +77,7 @@ def naive_distribution(scores: np.ndarray, choices: SamplingSettings) -> np.ndar
     return result
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.integers(1, 3000),
     st.integers(0, 2**32 - 1),

@@ -46,7 +46,7 @@ def streamed(decode: Callable[[list[int]], str], ids: list[int]) -> str:
     return "".join([decoder.push(token) for token in ids]) + decoder.flush()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.text(max_size=60))
 def test_pieces_of_any_text_add_up_and_never_break_a_character(text: str) -> None:
     ids = BYTE_LEVEL.encode(text).ids
@@ -56,7 +56,7 @@ def test_pieces_of_any_text_add_up_and_never_break_a_character(text: str) -> Non
     assert "".join(pieces) + decoder.flush() == BYTE_LEVEL.decode(ids)
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(byte_level_ids)
 @example([STRAY] * 7 + FOX)
 @example([STRAY] * 20 + FOX + [STRAY] * 3 + FOX)
@@ -67,13 +67,13 @@ def test_any_tokens_of_a_byte_level_tokenizer_add_up(ids: list[int]) -> None:
     assert streamed(BYTE_LEVEL.decode, ids) == BYTE_LEVEL.decode(ids)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(st.integers(0, DEMO.get_vocab_size() - 1), max_size=60))
 def test_any_tokens_of_the_demo_model_add_up(ids: list[int]) -> None:
     assert streamed(DEMO.decode, ids) == DEMO.decode(ids)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.data())
 def test_any_tokens_of_a_real_small_model_add_up(tinystories_656k: Path, data: st.DataObject) -> None:
     tokenizer = Tokenizer.from_file(str(tinystories_656k / "tokenizer.json"))
@@ -87,7 +87,7 @@ def mistral(shared_assets: Path) -> Tokenizer:
     return Tokenizer.from_file(str(shared_assets / "tokenizers" / "mistral-v0.1-chatml" / "tokenizer.json"))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data())
 def test_tokens_of_a_byte_fallback_tokenizer_add_up_where_their_bytes_are_text(
     mistral: Tokenizer, data: st.DataObject
@@ -171,7 +171,7 @@ def cut(text: str, stops: list[str]) -> tuple[str, bool]:
     return text, False
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(pieces_of_text, stop_texts)
 @example(["abcd"], ["abcd", "bc"])
 @example(list("abcd"), ["abcd", "bc"])

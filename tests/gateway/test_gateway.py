@@ -192,9 +192,9 @@ def test_models_and_the_paths_beside_the_protocol(start: Start) -> None:
     assert running.client.models.retrieve("stub").owned_by == "cloister"
     with pytest.raises(openai.NotFoundError):
         running.client.models.retrieve("other")
-    attestation = json.load(urllib.request.urlopen(f"{running.url}/v1/attestation?nonce={'ab' * 16}"))
+    attestation = json.load(urllib.request.urlopen(f"{running.url}/v1/attestation?nonce={'ab' * 32}"))
     assert attestation["kind"] == "none"
-    assert attestation["nonce"] == "ab" * 16
+    assert attestation["nonce"] == "ab" * 32
     assert "own process" in attestation["sanitiser"]["tee"]
     with pytest.raises(urllib.error.HTTPError, match="400"):
         urllib.request.urlopen(f"{running.url}/v1/attestation?nonce=abc")

@@ -205,7 +205,7 @@ def test_a_pattern_that_could_take_for_ever_is_refused_at_once(pattern: str, tmp
             read_adapter_config(tmp_path / "adapter_config.json")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.dictionaries(st.sampled_from(sorted(CONFIG)), st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=6,

@@ -62,7 +62,7 @@ def test_templates_render_as_in_transformers(source: str, prompting: bool) -> No
     assert ChatTemplate(source, SPECIAL).render(CHAT, prompting) == expected
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     chat=st.lists(
         st.fixed_dictionaries(

@@ -55,7 +55,7 @@ def opened(tmp_path: Path, content: bytes) -> Checkpoint:
     return Checkpoint.open(tmp_path)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     dtype=st.sampled_from(["F32", "F16", "BF16"]),
     shape=st.lists(st.integers(0, 5), max_size=3),
@@ -209,7 +209,7 @@ HEADERS = st.dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(max_examples=1000)
 @given(
     content=st.binary(max_size=64)
     | mutations()

@@ -53,7 +53,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     return config
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(config=configs(), lengths=st.lists(st.integers(1, POSITIONS), min_size=1, max_size=4))
 def test_tables_equal_those_of_transformers_as_a_sequence_grows(
     config: dict[str, Any], lengths: list[int], tmp_path_factory: pytest.TempPathFactory
@@ -75,7 +75,7 @@ def test_tables_equal_those_of_transformers_as_a_sequence_grows(
         first = length
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(length=st.integers(1, 200), more=st.integers(0, 300), factor=st.sampled_from([2.0, 4.0]))
 def test_only_dynamic_scaling_depends_on_the_length_and_only_past_the_original(
     length: int, more: int, factor: float

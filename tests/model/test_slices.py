@@ -275,7 +275,7 @@ def test_a_large_matrix_is_projected_and_still_recovered(
     assert np.linalg.norm(noisy - b @ a) < 1.02 * best
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rows=st.integers(1, 30), columns=st.integers(1, 30), share=st.floats(0.05, 1.0), seed=st.integers(0, 2**31))
 def test_the_rank_for_an_energy_is_the_smallest(rows: int, columns: int, share: float, seed: int) -> None:
     matrix = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)

@@ -218,7 +218,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     family=st.sampled_from([family.value for family in Family]),
     changes=st.dictionaries(

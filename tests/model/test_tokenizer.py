@@ -250,7 +250,7 @@ def real(request: pytest.FixtureRequest, shared_assets: Path) -> tuple[Tokenizer
     return Tokenizer.open(directory), tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(text=st.text(max_size=60))
 def test_a_real_tokenizer_encodes_as_the_library_does_and_decodes_back(
     text: str, real: tuple[Tokenizer, tokenizers.Tokenizer]

@@ -48,7 +48,7 @@ def lent(made: object, phase: Phase = Phase.DECODE) -> frozenset[str]:
     return made.groups(phase, Placement.BLINDED)
 
 
-@hypothesis_settings(deadline=None, max_examples=40)
+@hypothesis_settings(max_examples=40)
 @given(rates)
 def test_auto_is_as_fast_as_the_best_of_all_plans(drawn: dict[str, ProductRate]) -> None:
     rates_here = calibration(drawn)
@@ -73,7 +73,7 @@ def test_auto_is_as_fast_as_the_best_of_all_plans(drawn: dict[str, ProductRate])
     assert predict(chosen, SPEC, rates_here).decode_seconds == pytest.approx(best)
 
 
-@hypothesis_settings(deadline=None, max_examples=40)
+@hypothesis_settings(max_examples=40)
 @given(rates, st.integers(0, 12000))
 def test_auto_keeps_pads_within_the_pantry(drawn: dict[str, ProductRate], per_token: int) -> None:
     budgets = Budgets(pantry_bytes=128 * per_token, context=128)

@@ -288,7 +288,7 @@ PROMPT = st.lists(
 )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 60), st.lists(st.tuples(PROMPT, st.sampled_from(["", "write", "reopen"])), max_size=30))
 def test_reservations_change_no_decision_and_no_sum(
     most: int, steps: list[tuple[list[tuple[Fraction, int]], str]]
@@ -317,7 +317,7 @@ def test_reservations_change_no_decision_and_no_sum(
         ledger.close()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     st.integers(4, 80),
     st.lists(st.tuples(st.integers(0, 1), PROMPT, st.sampled_from(["", "write", "close", "crash"])), max_size=30),

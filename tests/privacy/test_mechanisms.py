@@ -197,7 +197,7 @@ def test_epsilon_is_certified_whatever_the_frequencies(rng: np.random.Generator)
     assert gains["frequent"] > gains["uniform"], "spans that are frequent count for more"
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(count=st.integers(2, 16), epsilon=st.sampled_from(["1/2", "1", "2", "4", "8"]), seed=st.integers(0, 10_000))
 def test_integers_keep_the_epsilon_exactly(count: int, epsilon: str, seed: int) -> None:
     claim = Fraction(epsilon)

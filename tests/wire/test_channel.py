@@ -180,7 +180,7 @@ def test_a_request_of_another_number_is_refused() -> None:
         server.open(msgspec.msgpack.encode([number + 1, sealed]))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.binary(max_size=300))
 def test_any_bytes_are_an_error_and_nothing_worse(content: bytes) -> None:
     with pytest.raises(ChannelError):

@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cloister.arith.modulus import MAX_D_IN
@@ -35,7 +35,6 @@ frames = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(frames)
 def test_every_frame_survives_the_wire(frame: Frame) -> None:
     encoded = frame.encode()
@@ -43,7 +42,6 @@ def test_every_frame_survives_the_wire(frame: Frame) -> None:
     assert decode(encoded) == frame
 
 
-@settings(deadline=None)
 @given(frames, st.integers(0, HEADER_BYTES - 1), st.integers(1, 255))
 def test_a_changed_byte_is_refused_or_changes_the_frame(frame: Frame, place: int, change: int) -> None:
     damaged = bytearray(frame.encode())
@@ -96,7 +94,6 @@ def test_another_magic_version_or_length_is_refused() -> None:
             decode(bad)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=2 * MAX_ERROR_BYTES))
 @example(b"\x1b[31m red \x9b\x7f\r\n")
 def test_no_text_of_a_peer_can_steer_a_terminal(raw: bytes) -> None:

@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cloister.arith.modulus import MAX_D_IN
@@ -35,7 +35,6 @@ def shapes(draw: st.DrawFn) -> PairShape:
     return PairShape(heads, draw(st.integers(1, 64)), keep, append, start, draw(st.booleans()), rows)
 
 
-@settings(deadline=None)
 @given(shapes(), st.integers(0, 2**64 - 1), st.integers(0, MAX_OPERANDS - 1))
 def test_every_request_survives_the_wire(shape: PairShape, request: int, operand: int) -> None:
     shape.check()
@@ -58,7 +57,6 @@ def test_the_layout_is_fixed() -> None:
     assert answer == struct.pack("<4sBBHQIIII", b"CLST", 1, 9, 0, 7, 9, 3, 8, 4)
 
 
-@settings(deadline=None)
 @given(st.binary(min_size=0, max_size=PAIR_BYTES + 1), st.integers(0, 5), st.integers(0, 300), st.integers(0, 300))
 def test_any_second_header_decodes_to_what_fits_or_to_a_wire_error(
     data: bytes, rows: int, d_in: int, d_out: int

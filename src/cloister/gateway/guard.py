@@ -38,7 +38,7 @@ class Guard(Protocol):
         """Returns what a user should know of what sanitises: where it runs, under which policy."""
 
     def attestation(self, nonce: bytes) -> bytes | None:
-        """Returns an attestation (`attest.document`) bound to a nonce of 16 to 64 bytes; None where nothing can make one.
+        """Returns an attestation (`attest.document`) bound to a nonce of 32 bytes; None where nothing can make one.
 
         Raises:
             AttestationError: evidence cannot be made now.

@@ -89,7 +89,7 @@ def test_two_planes_are_one_product(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(both, np.concatenate([expected(first, x), expected(second, x)], axis=1))
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.integers(1, 40), st.integers(1, 150), st.integers(1, 200), st.integers(1, 5), st.integers(0, 2**32 - 1))
 def test_any_shape_on_any_number_of_multiprocessors(
     rows: int, d_out: int, d_in: int, multiprocessors: int, seed: int

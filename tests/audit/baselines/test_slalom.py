@@ -45,7 +45,7 @@ def test_the_modulus_is_a_prime() -> None:
     assert all(Q % divisor for divisor in range(2, int(Q**0.5) + 1))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     hnp.arrays(np.int32, st.tuples(st.integers(1, 4), st.just(9)), elements=elements),
     hnp.arrays(np.int8, st.tuples(st.integers(1, 7), st.just(9)), elements=st.integers(-127, 127)),
