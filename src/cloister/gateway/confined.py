@@ -13,8 +13,8 @@ import msgspec
 
 from cloister.errors import EnclaveLostError, RequestError
 from cloister.server.schema import ChatRequest, CompletionRequest
+from cloister.wire.asking import Asker
 from cloister.wire.sanitising import (
-    Asker,
     AskEvidence,
     AskReport,
     Done,

@@ -20,7 +20,8 @@ from cloister.isolation import bubblewrap
 from cloister.local.broker_link import BrokerLink, stand_in_file
 from cloister.local.sandbox import sanitising_command, sanitising_confinement
 from cloister.seal.package import is_package
-from cloister.wire.sanitising import Asker, OpenGateway, OpenSplit, Ready, Reference
+from cloister.wire.asking import Asker
+from cloister.wire.sanitising import OpenGateway, OpenSplit, Ready, Reference
 
 KEPT_VARIABLES: Final = ("PATH", "LANG", "LC_ALL", "HOME")
 """Environment variables that the process inherits."""

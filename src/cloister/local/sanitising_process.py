@@ -21,15 +21,8 @@ from cloister.errors import CloisterError, RequestError, WireError
 from cloister.local.owner import Owner, Prove, stand_in
 from cloister.local.sanitising_parts import Handle, Opened, open_gateway
 from cloister.local.sanitising_split import open_split
-from cloister.wire.sanitising import (
-    Answer,
-    Failure,
-    FramedSocket,
-    OpenGateway,
-    OpenSplit,
-    Question,
-    answering_end,
-)
+from cloister.wire.asking import FramedSocket, answering_end
+from cloister.wire.sanitising import Answer, Failure, OpenGateway, OpenSplit, Question
 
 
 def serve(end: "FramedSocket[Answer, Question]", handle: Handle) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 from cloister.errors import EnclaveLostError, WireError
 from cloister.model.tokenizer import Tokenizer
 from cloister.split.frames import TYPES, Element
-from cloister.wire.sanitising import Asker, Embed, EmbedNext, Facts, Rows
+from cloister.wire.asking import Asker
+from cloister.wire.sanitising import Embed, EmbedNext, Facts, Rows
 
 SECONDS: Final = 120.0
 
