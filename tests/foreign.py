@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -60,11 +61,13 @@ from cloister.seal.writer import seal_model
 from cloister.server.schema import ChatRequest, CompletionRequest, decoded
 from cloister.settings import from_toml
 from cloister.split import frames
+from cloister.wire.asking import FramedSocket, answering_end, asking_end
 from cloister.wire.channel import AnswerReader, AnswerSealer, ClientChannel, ServerChannel
 from cloister.wire.channel_messages import MAX_OFFER_BYTES, Offer, Suite
 from cloister.wire.channel_socket import MessageSocket
 from cloister.wire.codec import HEADER_BYTES, Frame, Kind, decode, decode_pair, encode_pair_request, peer_text
 from cloister.wire.pairs import PairShape
+from cloister.wire.sanitising import Done, Embed, OpenSession, Rows
 from cloister.wire.session import Generate, Open, Progress, Rehearsal, Sampling, SessionSocket
 
 EXPECTED = (CloisterError,)
@@ -87,6 +90,8 @@ NAMES = (
     "channel socket",
     "session to enclave",
     "session from enclave",
+    "sanitising question",
+    "sanitising answer",
     "accelerator frame",
     "engine event",
     "engine error",
@@ -290,6 +295,11 @@ def wires() -> dict[str, Foreign]:
 
     to_enclave = [Open("m", {"cache": {"page_tokens": 16}}, Rehearsal(), {"red": "r"}), Generate(Sampling(), "p")]
     from_enclave = [Progress("weights", 1, 2, "weights")]
+
+    def asked(data: bytes, end: Callable[[socket.socket], "FramedSocket[Any, Any]"]) -> None:
+        with arriving(data) as sock:
+            everything(end(sock).receive)
+
     pair = encode_pair_request(1, 2, PairShape(1, 4, 0, 2, 0, False, 2))[0]
     return {
         "channel socket": Foreign(messages, (struct.pack(">I", 5) + b"hello",)),
@@ -298,6 +308,12 @@ def wires() -> dict[str, Foreign]:
         ),
         "session from enclave": Foreign(
             lambda data: session(data, "receive_from_enclave"), tuple(_framed(m) for m in from_enclave)
+        ),
+        "sanitising question": Foreign(
+            lambda data: asked(data, answering_end), tuple(_framed(m) for m in (OpenSession("s"), Embed((5, 6), 2)))
+        ),
+        "sanitising answer": Foreign(
+            lambda data: asked(data, asking_end), tuple(_framed(m) for m in (Done(), Rows(b"rows", 0.5)))
         ),
         "accelerator frame": Foreign(accelerated, (Frame(Kind.MULTIPLY, 1, 0, 2, 3, 4).encode(), pair)),
         "engine event": Foreign(
