@@ -74,7 +74,7 @@ bench-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.dev) ## check and
 bench-smoke: $(VENV)/.dev ## a short run of every benchmark, for CI
 	$(BIN)/cloister bench all --smoke --out build/bench-smoke
 
-fuzz: $(VENV)/.dev ## fuzz the attestation parsers for a minute each (needs the extra fuzz: atheris)
+fuzz: $(VENV)/.dev ## fuzz every parser of foreign bytes for a minute each, an hour in all (needs the extra fuzz: atheris)
 	$(BIN)/python scripts/fuzz.py --seconds 60
 
 lock: $(VENV)/.dev ## recompute the lock files

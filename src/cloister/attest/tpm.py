@@ -131,11 +131,15 @@ def bound_bytes(report_data: bytes) -> bytes:
     return hashlib.sha256(report_data).digest()
 
 
+def signs_only_what_it_made(area: PublicArea) -> bool:
+    """Returns whether a key is a restricted signing key that was made in its TPM and cannot leave it."""
+    return area.attributes & (_ATTESTATION_KEY | DECRYPT) == _ATTESTATION_KEY
+
+
 def _key(evidence: Evidence, area: PublicArea, now: datetime, trusted: frozenset[bytes], findings: Findings) -> None:
-    wanted = area.attributes & (_ATTESTATION_KEY | DECRYPT) == _ATTESTATION_KEY
     findings.note(
         Check.ATTRIBUTES,
-        wanted,
+        signs_only_what_it_made(area),
         "a restricted signing key that cannot leave the TPM",
         f"the key's attributes are {area.attributes:#x}: it could sign what no TPM made, or leave the TPM",
     )

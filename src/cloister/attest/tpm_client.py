@@ -1,7 +1,8 @@
-"""A TPM 2.0 spoken to directly: five commands, over `/dev/tpmrm0` or the socket of a software TPM.
+"""A TPM 2.0 spoken to directly: a few commands, over `/dev/tpmrm0` or the socket of a software TPM.
 
 Source: TCG TPM Library part 3 (commands): CreatePrimary 24.1, Quote 18.4, PCR_Extend 22.2, PCR_Read 22.4, FlushContext 28.4.
-Covers: making an attestation key, reading and extending registers, quoting. Does not cover: sealing, sessions, policies.
+Covers: making an attestation key, reading and extending registers, quoting. Does not cover: sealing; endorsement keys and
+the activation of credentials, which `attest.tpm_activation` builds on `command`.
 
 The attestation key is a primary key of the endorsement hierarchy: the same TPM derives the same key each time, so nothing
 needs to be stored and an owner enrols it once by its name.
@@ -22,10 +23,10 @@ from cloister.attest.evidence import Evidence, Kind, require_report_data
 from cloister.attest.tpm import TpmCollateral, bound_bytes
 from cloister.errors import AttesterError, EvidenceError
 
-_RH_ENDORSEMENT: Final = 0x4000000B
-_RS_PASSWORD: Final = 0x40000009
-_ST_SESSIONS: Final = 0x8002
-_ST_NO_SESSIONS: Final = 0x8001
+RH_ENDORSEMENT: Final = 0x4000000B
+RS_PASSWORD: Final = 0x40000009
+ST_SESSIONS: Final = 0x8002
+ST_NO_SESSIONS: Final = 0x8001
 _CC_CREATE_PRIMARY: Final = 0x131
 _CC_QUOTE: Final = 0x158
 _CC_FLUSH: Final = 0x165
@@ -34,7 +35,7 @@ _CC_PCR_EXTEND: Final = 0x182
 _RC_RETRY: Final = 0x922
 _RETRIES: Final = 50
 _MAX_ANSWER: Final = 4096
-_PASSWORD: Final = struct.pack(">IIHBH", 9, _RS_PASSWORD, 0, 0, 0)
+PASSWORD: Final = struct.pack(">IIHBH", 9, RS_PASSWORD, 0, 0, 0)
 _KEY_ATTRIBUTES: Final = f.FIXED_TPM | f.FIXED_PARENT | f.SENSITIVE_ORIGIN | 1 << 6 | f.RESTRICTED | f.SIGN
 _PCRS: Final = 24
 
@@ -86,13 +87,17 @@ class TpmClient:
         """Returns handle and TPMT_PUBLIC of the P-256 attestation key; flush the handle after use."""
         template = (
             struct.pack(">HHI", f.ALG_ECC, f.ALG_SHA256, _KEY_ATTRIBUTES)
-            + _sized(b"")
+            + sized(b"")
             + struct.pack(">HHHHH", f.ALG_NULL, f.ALG_ECDSA, f.ALG_SHA256, f.ECC_P256, f.ALG_NULL)
-            + _sized(b"") * 2
+            + sized(b"") * 2
         )
-        sensitive = _sized(_sized(b"") * 2)
-        body = struct.pack(">I", _RH_ENDORSEMENT) + _PASSWORD + sensitive + _sized(template) + _sized(b"") + bytes(4)
-        reader = f.Reader(self._command(_ST_SESSIONS, _CC_CREATE_PRIMARY, body))
+        return self.create_primary(template)
+
+    def create_primary(self, template: bytes) -> tuple[int, bytes]:
+        """Returns handle and TPMT_PUBLIC of the key of the endorsement hierarchy that a template stands for."""
+        sensitive = sized(sized(b"") * 2)
+        body = struct.pack(">I", RH_ENDORSEMENT) + PASSWORD + sensitive + sized(template) + sized(b"") + bytes(4)
+        reader = f.Reader(self.command(ST_SESSIONS, _CC_CREATE_PRIMARY, body))
         handle = reader.number(4)
         reader.number(4)  # size of the parameters
         return handle, reader.sized()
@@ -100,20 +105,16 @@ class TpmClient:
     def quote(self, handle: int, extra_data: bytes, pcrs: Collection[int]) -> bytes:
         """Returns TPM2B_ATTEST and TPMT_SIGNATURE over these SHA-256 registers."""
         body = (
-            struct.pack(">I", handle)
-            + _PASSWORD
-            + _sized(extra_data)
-            + struct.pack(">H", f.ALG_NULL)
-            + _selection(pcrs)
+            struct.pack(">I", handle) + PASSWORD + sized(extra_data) + struct.pack(">H", f.ALG_NULL) + _selection(pcrs)
         )
-        reader = f.Reader(self._command(_ST_SESSIONS, _CC_QUOTE, body))
+        reader = f.Reader(self.command(ST_SESSIONS, _CC_QUOTE, body))
         return reader.take(reader.number(4))
 
     def read_pcrs(self, pcrs: Collection[int]) -> dict[int, bytes]:
         """Returns SHA-256 register values by number."""
         values: dict[int, bytes] = {}
         while wanted := sorted(set(pcrs) - set(values))[:8]:  # a TPM answers with at most eight values
-            reader = f.Reader(self._command(_ST_NO_SESSIONS, _CC_PCR_READ, _selection(wanted)))
+            reader = f.Reader(self.command(ST_NO_SESSIONS, _CC_PCR_READ, _selection(wanted)))
             reader.take(4 + 4 + 2)  # update counter, number of selections, bank
             mask = reader.take(reader.number(1))
             returned = [bit for bit in range(8 * len(mask)) if mask[bit // 8] >> bit % 8 & 1]
@@ -126,17 +127,22 @@ class TpmClient:
         """Extends a register: its new value is SHA-256(old value, digest)."""
         if not 0 <= pcr < _PCRS or len(digest) != 32:
             raise ValueError("A register is 0 to 23 and is extended by 32 bytes.")
-        self._command(
-            _ST_SESSIONS,
+        self.command(
+            ST_SESSIONS,
             _CC_PCR_EXTEND,
-            struct.pack(">I", pcr) + _PASSWORD + struct.pack(">IH", 1, f.ALG_SHA256) + digest,
+            struct.pack(">I", pcr) + PASSWORD + struct.pack(">IH", 1, f.ALG_SHA256) + digest,
         )
 
     def flush(self, handle: int) -> None:
         """Removes a key from the TPM's few slots."""
-        self._command(_ST_NO_SESSIONS, _CC_FLUSH, struct.pack(">I", handle))
+        self.command(ST_NO_SESSIONS, _CC_FLUSH, struct.pack(">I", handle))
 
-    def _command(self, tag: int, code: int, body: bytes) -> bytes:
+    def command(self, tag: int, code: int, body: bytes) -> bytes:
+        """Returns the answer to a command, without its header.
+
+        Raises:
+            AttesterError: the TPM refuses, or does not answer.
+        """
         command = struct.pack(">HII", tag, 10 + len(body), code) + body
         with self._lock:
             for _ in range(_RETRIES):
@@ -205,7 +211,8 @@ class TpmAttester:
         return Evidence(kind=Kind.TPM, report=quote, collateral=collateral.encode())
 
 
-def _sized(value: bytes) -> bytes:
+def sized(value: bytes) -> bytes:
+    """Returns a TPM2B: two bytes of length, and the value."""
     return struct.pack(">H", len(value)) + value
 
 
