@@ -216,7 +216,8 @@ def _enclave_engine(engine: str, model: Path | None, policy: Path | None) -> "En
         return EnclaveEngine(OwnEnclave(folder), folder.name)
     if model is not None or policy is None:
         raise SettingsError(
-            f"{engine} has the model.", remedy="Leave --model out, and state with --policy FILE what it must be."
+            f"{engine} takes --policy and no --model.",
+            remedy="Whoever runs it has its policy file (cloister serve --stand-in --policy-out FILE writes it).",
         )
     address = engine.removeprefix(CLOISTER).rstrip("/")
     there = elsewhere(None, address, policy, None, None, None)
