@@ -11,12 +11,14 @@ import pytest
 import cloister
 from cloister.assets import demo_model
 from cloister.attest.evidence import Result, Skip
+from cloister.attest.measure import measure, this_program
 from cloister.attest.policy import Policy, SimPolicy
 from cloister.attest.receipt import verify_receipt
 from cloister.attest.roots import Roots
 from cloister.errors import AttesterError, ChannelError, ReceiptError, RequestError
 from cloister.local.client import LLM
 from cloister.local.receipts import own_root
+from cloister.settings import Settings
 from cloister.wire.session import AskOffer, AskReceipt, Generate, Offered, Sampling, Signed
 
 PROMPT = "Once upon a time"
@@ -98,6 +100,8 @@ def test_a_model_that_is_closed_gives_no_receipt_any_more_and_a_measured_one_say
         late = llm.generate(PROMPT, **GREEDY)
         assert late.text
     assert receipt is not None
+    found = measure(this_program(Settings(), model=demo_model(), isolated=True)).digest  # as `cloister measure` does
+    assert receipt.statement.measurement == found
     with pytest.raises(RequestError, match="closed"):
         _ = late.receipt
 

@@ -34,6 +34,7 @@ _THREADS: Final = 4
 _LEFT_OUT: Final = frozenset({"__pycache__", "site-packages", "dist-packages"})
 _BOOKKEEPING: Final = frozenset({"RECORD", "INSTALLER", "REQUESTED", "direct_url.json"})
 """How a distribution was installed, not what it does: differs between installers."""
+_FLAGS: Final = ("dont_write_bytecode", "isolated", "optimize")
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]+")
 _EXTRA: Final = re.compile(r"""extra == ['"]([^'"]*)""")
 
@@ -107,6 +108,8 @@ class Subject:
     settings: Settings
     sanitising: bytes = b""
     """What a sanitising enclave does to prompts, as its policy says it; empty of others."""
+    isolated: bool = False
+    """Measure as if this were an enclave, which runs as `python -I`; without, as this process runs."""
 
     def files(self) -> Iterator[tuple[Part, str, Path]]:
         """Yields every file with the name under which it is measured.
@@ -133,7 +136,9 @@ class Subject:
 
     def choices(self) -> Iterator[Item]:
         """Yields what is measured and is not a file, and what there is none of."""
-        flags = sorted((name, getattr(sys.flags, name)) for name in ("isolated", "optimize", "dont_write_bytecode"))
+        flags = [(name, getattr(sys.flags, name)) for name in _FLAGS]
+        if self.isolated:
+            flags = [(name, int(name == "isolated")) for name in _FLAGS]
         yield _item(Part.INTERPRETER, "version", f"{sys.implementation.name} {sys.version} {flags}".encode())
         settings = asdict(self.settings)
         settings["plan"]["rules"] = Path(self.settings.plan.rules).name  # where the file lies does not matter
@@ -152,7 +157,7 @@ class Subject:
 
 def this_program(
     settings: Settings, plan: Path | None = None, model: Path | bytes | None = None, lock: Path | None = None,
-    sanitising: bytes = b"",
+    sanitising: bytes = b"", *, isolated: bool = False,
 ) -> Subject:  # fmt: skip
     """Returns the running program as what is to be measured.
 
@@ -175,6 +180,7 @@ def this_program(
         model=model,
         settings=settings,
         sanitising=sanitising,
+        isolated=isolated,
     )
 
 

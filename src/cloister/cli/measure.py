@@ -53,8 +53,9 @@ def measure(
     """List what decides what an enclave does, and the one digest that stands for all of it.
 
     Measured are the package's files, the packages that it needs, the lock file, the interpreter with its standard library, the
-    plan, the model and the settings. One changed byte of any of them gives another digest. It is what `sim` puts into
-    its evidence, and what a policy names under measurement; hardware measures the same files in its own way.
+    plan, the model and the settings. One changed byte of any of them gives another digest. It is what an enclave of this
+    installation finds about itself: what `sim` puts into its evidence, what receipts state, and what a policy names under
+    measurement. Hardware measures the same files in its own way.
     """
     from cloister.attest.measure import this_program
     from cloister.errors import SettingsError
@@ -64,7 +65,8 @@ def measure(
     root = _digest(model_root, "--model-root") if model_root is not None else None
     expected = _digest(expect, "--expect") if expect is not None else None
     chosen = o.RuntimeOptions(settings).settings()
-    found = _with_progress(this_program(chosen, plan, model if root is None else root, lock, _policy(sanitising)))
+    subject = this_program(chosen, plan, model if root is None else root, lock, _policy(sanitising), isolated=True)
+    found = _with_progress(subject)
     if as_json:
         _print_json(found)
     else:
