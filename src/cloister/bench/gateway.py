@@ -1,135 +1,156 @@
-"""What the gateway adds to the latency of a vLLM: the same requests, directly and through it, in turns."""
+"""What the gateway adds to the latency of a vLLM: the same requests, directly and through it, in turns.
+
+The same request is: the same model, as many prompt tokens (what is asked directly is a sanitised letter too), as many answer
+tokens, streamed both ways, read by the same client. The bar: at most 5 %.
+"""
 
 import asyncio
 import os
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from cloister.bench import prompts
+from cloister.bench.engines import gateway
 from cloister.bench.record import Record
-from cloister.errors import GatewayError
+from cloister.errors import EngineProtocolError
 
-NAMES = (
-    "Anna Schmidt",
-    "Peter Novak",
-    "Maria Lopez",
-    "Laura Rossi",
-    "Oscar Dubois",
-    "Ivan Larsen",
-    "Nina Silva",
-    "Paul Moreau",
-)
-CITIES = ("Paris", "Berlin", "Vienna", "Oslo", "Madrid", "Rome", "Lisbon", "Prague")
-LETTER = (
-    "Letter {number}. Please answer the letter of {name} from {city}: the meeting of last week went well, the figures of "
-    "the second quarter look better than expected, and the invoice over {sum} euros was paid in time. The next step is to "
-    "talk about the plan for the summer, about who takes care of the garden, and about the trip that we have wanted to make "
-    "for years. Keep it short and kind."
-)
+TRANSPORTS = ("embeds", "tokens")
 WARM_UP = 3
+BUDGET = 1e6
 
 
-def run(engine: str, model: Path, candidates: Path, requests: int, tokens: int, console: Console) -> Record:
-    """Measures `requests` chats of about a hundred words each way; the engine must serve `model` with prompt embeddings."""
+@dataclass(frozen=True)
+class Subject:
+    """An engine that runs, and the folder of the model that it serves."""
+
+    name: str
+    engine: str
+    model: Path
+    candidates: Path
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """One request."""
+
+    first: float
+    """Seconds to the first piece of text."""
+    whole: float
+    prompt_tokens: int
+    answer_tokens: int
+
+
+def measure(subject: Subject, requests: int, lengths: Sequence[int], console: Console) -> list[dict[str, Any]]:
+    """Returns a row for each transport and each length of an answer, of `requests` chats each way."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        own: dict[str, Any] = {}
-        for transport in ("embeds", "tokens"):
-            with _gateway(engine, model, candidates, Path(folder) / f"{transport}.db", transport) as url:
-                console.print(f"{transport}: {requests} requests each way")
-                direct, through, report = asyncio.run(_measure(engine, url, requests, tokens))
-            added = [b - a for a, b in zip(direct, through, strict=True)]
-            rows.append(
-                {
-                    "transport": transport,
-                    "direct ms": 1e3 * statistics.median(direct),
-                    "through ms": 1e3 * statistics.median(through),
-                    "added ms": 1e3 * statistics.median(added),
-                    "added %": 100 * (statistics.median(through) / statistics.median(direct) - 1),
-                    "spread ms": 1e3 * (statistics.quantiles(added, n=4)[2] - statistics.quantiles(added, n=4)[0]),
-                }
-            )
-            own = report
+        for transport in TRANSPORTS:
+            ledger = Path(folder) / f"{transport}.db"
+            with gateway(subject.engine, subject.model, subject.candidates, ledger, transport, BUDGET) as url:
+                for tokens in lengths:
+                    console.print(f"{subject.name}, {transport}, {tokens} tokens: {requests} requests each way")
+                    direct, through = asyncio.run(_measure(subject, url, requests, tokens))
+                    rows.append(_row(subject.name, transport, tokens, direct, through))
+    return rows
+
+
+def record(rows: list[dict[str, Any]], settings: dict[str, Any]) -> Record:
+    """Returns the record of some rows."""
     return Record(
         "gateway",
         rows,
-        {
-            "replaced in a request": own.get("replaced", {}),
-            "drawn for it": own.get("drawn", 0),
-            "load average of the machine": os.getloadavg()[0],
-        },
-        {"requests": requests, "tokens": tokens, "model": model.name},
-        "Every request names people and new sums, so each is charged to the ledger (one synced write), drawn and restored. "
-        "Medians; 'spread': between the quartiles of what was added, pair by pair.",
+        {"load average of the machine": os.getloadavg()[0]},
+        settings,
+        "Streamed chats, directly and through the gateway in turns; medians in milliseconds. Every request names new people, "
+        "sums and dates, so each is detected, charged, drawn, sent and restored anew; what is asked directly is a sanitised "
+        "letter of the same kind. 'spread': between the quartiles of what was added, pair by pair. Engine, gateway and client "
+        "share the machine.",
     )
 
 
-async def _measure(
-    engine: str, url: str, requests: int, tokens: int
-) -> tuple[list[float], list[float], dict[str, Any]]:
+async def _measure(subject: Subject, url: str, requests: int, tokens: int) -> tuple[list[_Timed], list[_Timed]]:
     from cloister.gateway.http import EngineClient
     from cloister.gateway.text_engine import served_model
 
-    times: tuple[list[float], list[float]] = ([], [])
-    report: dict[str, Any] = {}
-    async with EngineClient(engine) as direct, EngineClient(url) as through:
+    times: tuple[list[_Timed], list[_Timed]] = ([], [])
+    texts = prompts.letters(tokens)
+    async with EngineClient(subject.engine) as direct, EngineClient(url) as through:
         name = (await served_model(direct, ""))[0]
-        for number in range(WARM_UP + requests):
-            for which, client in ((0, direct), (1, through)) if number % 2 else ((1, through), (0, direct)):
-                text = LETTER.format(
-                    number=2 * number + which,
-                    name=NAMES[number % len(NAMES)],
-                    city=CITIES[number // len(NAMES) % len(CITIES)],
-                    sum=10_000 + 37 * number,
-                )
-                body = {
-                    "model": name,
-                    "messages": [{"role": "user", "content": text}],
-                    "max_tokens": tokens,
-                    "temperature": 0,
-                }
-                begun = time.perf_counter()
-                answer = await client.post("/v1/chat/completions", {**body, "ignore_eos": True})
+        for number, sanitised in enumerate(islice(_sanitised(subject), WARM_UP + requests)):
+            pairs = ((0, direct, sanitised), (1, through, next(texts)))
+            for which, client, text in pairs if number % 2 else reversed(pairs):
+                timed = await _one(client, name, text, tokens)
                 if number >= WARM_UP:
-                    times[which].append(time.perf_counter() - begun)
-                report = answer.get("cloister", report)
-    return times[0], times[1], report
+                    times[which].append(timed)
+    return times
 
 
-@contextmanager
-def _gateway(engine: str, model: Path, candidates: Path, ledger: Path, transport: str) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "cloister", "gateway", "--engine", engine, "--model", str(model), "--port", str(port),
-        "--candidates", str(candidates), "--ledger", str(ledger), "--transport", transport, "--detectors", "rules",
-        "--budget", "1e9", "--quiet",
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    try:
-        for _ in range(240):
-            if process.poll() is not None:
-                said = process.stderr.read() if process.stderr else b""
-                raise GatewayError("The gateway did not start.", remedy=said.decode())
-            try:
-                with socket.create_connection(("127.0.0.1", port), 1) as probe:
-                    probe.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-                    if probe.recv(64):
-                        break
-            except OSError:
-                time.sleep(0.25)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(30)
-        if process.stderr:
-            process.stderr.close()
+async def _one(client: Any, model: str, text: str, tokens: int) -> _Timed:
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": text}],
+        "max_tokens": tokens,
+        "temperature": 0,
+        "stream_options": {"include_usage": True},
+    }
+    first = 0.0
+    usage: dict[str, int] = {}
+    begun = time.perf_counter()
+    async for event in client.events("/v1/chat/completions", {**body, "ignore_eos": True}):
+        if not first and any(choice.get("delta", {}).get("content") for choice in event.get("choices", ())):
+            first = time.perf_counter() - begun
+        usage = event.get("usage") or usage
+    whole = time.perf_counter() - begun
+    if usage.get("completion_tokens") != tokens:
+        raise EngineProtocolError(
+            f"The answer has {usage.get('completion_tokens')} tokens where {tokens} were asked for."
+        )
+    return _Timed(first or whole, whole, usage.get("prompt_tokens", 0), tokens)
+
+
+def _sanitised(subject: Subject) -> Iterator[str]:
+    """Yields letters as the gateway would send them."""
+    from cloister.gateway.protect import detection_for, sampler_for
+    from cloister.model.directory import open_model
+    from cloister.privacy.detector import Mode
+    from cloister.privacy.ledger import Ledger
+    from cloister.privacy.mechanism import Mechanism
+    from cloister.privacy.sanitiser import Sanitiser
+
+    held, sampler = sampler_for(open_model(subject.model), subject.candidates, Mechanism.CHANNEL, Fraction(2))
+    with tempfile.TemporaryDirectory() as folder, closing(Ledger.open(Path(folder) / "ledger.db")) as ledger:
+        sanitiser = Sanitiser(detection_for(held, Mode.DETECTED), sampler, ledger, "bench", BUDGET)
+        for text in prompts.letters(0):
+            yield sanitiser.sanitise([text]).texts[0]
+
+
+def _row(name: str, transport: str, tokens: int, direct: list[_Timed], through: list[_Timed]) -> dict[str, Any]:
+    def median(times: list[_Timed], what: str) -> float:
+        return 1e3 * statistics.median(getattr(timed, what) for timed in times)
+
+    added = [1e3 * (b.whole - a.whole) for a, b in zip(direct, through, strict=True)]
+    low, _, high = statistics.quantiles(added, n=4)
+    return {
+        "model": name,
+        "transport": transport,
+        "answer": tokens,
+        "direct": median(direct, "whole"),
+        "through": median(through, "whole"),
+        "added": statistics.median(added),
+        "added %": 100 * (median(through, "whole") / median(direct, "whole") - 1),
+        "spread": high - low,
+        "first token, direct": median(direct, "first"),
+        "first token, through": median(through, "first"),
+        "prompt tokens, direct": statistics.median(timed.prompt_tokens for timed in direct),
+        "prompt tokens, through": statistics.median(timed.prompt_tokens for timed in through),
+    }

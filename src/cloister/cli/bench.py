@@ -212,19 +212,42 @@ def sanitising(
 
 @app.command("gateway")
 def gateway(
-    engine: Annotated[str, typer.Option("--engine", help="A running vLLM with --enable-prompt-embeds.")],
-    model: Annotated[Path, typer.Option("--model", help="Folder of the model that it serves.")],
-    candidates: Annotated[Path, typer.Option("--candidates", help="The model's candidate file.")],
-    requests: Annotated[int, typer.Option("--requests", help="Requests each way.")] = 24,
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of an answer.")] = 64,
+    vllm: Annotated[
+        Path | None,
+        typer.Option("--vllm", help="A vLLM's program; started with the shipped model and a larger random one."),
+    ] = None,
+    engine: Annotated[str, typer.Option("--engine", help="Instead: a running vLLM with --enable-prompt-embeds.")] = "",
+    model: Annotated[Path | None, typer.Option("--model", help="Folder of the model that --engine serves.")] = None,
+    candidates: Annotated[Path | None, typer.Option("--candidates", help="The candidate file of --model.")] = None,
+    requests: Annotated[int, typer.Option("--requests", min=4, help="Requests each way, for each length.")] = 24,
+    lengths: Annotated[
+        list[int] | None,
+        typer.Option("--tokens", min=1, help="Tokens of an answer; repeatable. Default: 16, 64 and 128."),
+    ] = None,
+    smoke: SmokeOption = False,
     out: OutOption = Path("bench/results"),
 ) -> None:
-    """What the gateway adds to the latency of the same vLLM called directly."""
-    from cloister.bench.gateway import run
+    """What the gateway adds to the latency of the same vLLM called directly, and to the time to the first token.
 
-    record = run(engine, model, candidates, requests, tokens, stderr())
-    record.write(out)
-    record.show(stdout())
+    [bold]cloister bench gateway --vllm .venv-vllm/bin/vllm[/bold]
+    """
+    from cloister.bench.gateway import Subject, record
+    from cloister.bench.gateway import measure as measured
+    from cloister.bench.gateway_models import measure_models
+    from cloister.errors import SettingsError
+
+    requests, tokens = (4, [8]) if smoke else (requests, lengths or [16, 64, 128])
+    if vllm is not None:
+        rows = measure_models(vllm, requests, tokens, smoke, stderr())
+    elif engine and model is not None and candidates is not None:
+        rows = measured(Subject(model.name, engine, model, candidates), requests, tokens, stderr())
+    else:
+        raise SettingsError(
+            "There is no engine to measure.", remedy="Give --vllm, or --engine, --model and --candidates."
+        )
+    made = record(rows, {"requests": requests, "tokens": tokens, "smoke": smoke})
+    made.write(out)
+    made.show(stdout())
 
 
 @app.command("sanitize")
