@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
+import openai
 import psutil
 import pytest
 
@@ -380,3 +381,49 @@ def test_requests_that_cannot_be_served_cost_nothing(confined: SanitisingEnclave
         guard.protect("fresh", ASKED)
     with pytest.raises(EnclaveLostError):
         guard.alive()
+
+
+def cloister(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cloister", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_recipe_of_the_documentation(owner: Path, candidates: Path, tmp_path: Path, engine: StubEngine) -> None:
+    """Seal the layer, allow it, start the gateway; before the grant it does not start, and says why."""
+    model, package = tmp_path / "model", tmp_path / "client"
+    model.mkdir()
+    for path in Path(demo_model()).iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    (model / "candidates.cloister").write_bytes(candidates.read_bytes())
+    (tmp_path / "words").write_text("bluebird = organisation\n")
+    sealed = cloister("seal", str(model), "--only", "embeddings", "--out", str(package), "--name", "client", "--json")
+    assert json.loads(sealed.stdout)["private_tensors"] == 1, sealed.stderr
+    assert "LM head is its embedding table" in " ".join(sealed.stderr.split())
+    assert (
+        "Leave out --policy"
+        in cloister("seal", str(model), "--only", "embeddings", "--out", "x", "--adapter", "a=b").stderr
+    )
+    start = [
+        "gateway", "--engine", engine.address, "--model", str(package), "--port", "0", "--detectors", "rules",
+        "--ledger", str(tmp_path / "state" / "ledger.db"), "--dictionary", str(tmp_path / "words"),
+    ]  # fmt: skip
+    refused = cloister(*start)
+    assert refused.returncode == 1
+    assert "The broker refuses to release the key" in " ".join(refused.stderr.split())
+    assert not engine.record
+    assert cloister("broker", "allow", "client", "--stand-in").returncode == 0
+    with subprocess.Popen([sys.executable, "-m", "cloister", *start], stderr=subprocess.PIPE, text=True) as gateway:
+        assert gateway.stderr is not None
+        url = gateway.stderr.readline().split()[-1]
+        assert url.startswith("http://127.0.0.1:"), url
+        try:
+            with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+                chat = [{"role": "user", "content": TEXT}]
+                answer = client.chat.completions.create(model="stub", messages=chat, max_tokens=40)  # type: ignore[arg-type]
+            assert TEXT in (answer.choices[0].message.content or "")
+            verified = cloister("verify", url.removesuffix("/v1"), "--measurement", "any", "--json")
+            assert json.loads(verified.stdout)["kind"] == "sim"
+        finally:
+            gateway.terminate()
+            gateway.stderr.read()
+    assert leaked(engine) == []
