@@ -121,13 +121,15 @@ async def _one(client: Any, model: str, text: str, tokens: int) -> _Timed:
 def _sanitised(subject: Subject) -> Iterator[str]:
     """Yields letters as the gateway would send them."""
     from cloister.gateway.protect import detection_for, sampler_for
-    from cloister.model.directory import open_model
+    from cloister.model.embedding import EmbeddingLayer
+    from cloister.privacy import candidate_file
     from cloister.privacy.detector import Mode
     from cloister.privacy.ledger import Ledger
     from cloister.privacy.mechanism import Mechanism
     from cloister.privacy.sanitiser import Sanitiser
 
-    held, sampler = sampler_for(open_model(subject.model), subject.candidates, Mechanism.CHANNEL, Fraction(2))
+    held = candidate_file.read(subject.candidates)
+    sampler = sampler_for(held, EmbeddingLayer.open(subject.model), Mechanism.CHANNEL, Fraction(2))
     with tempfile.TemporaryDirectory() as folder, closing(Ledger.open(Path(folder) / "ledger.db")) as ledger:
         sanitiser = Sanitiser(detection_for(held, Mode.DETECTED), sampler, ledger, "bench", BUDGET)
         for text in prompts.letters(0):

@@ -21,10 +21,10 @@ from rich.progress import track
 
 from cloister.bench import prompts
 from cloister.bench.record import Record
-from cloister.gateway.embedding import ClientModel
 from cloister.gateway.protect import detection_for, sampler_for
 from cloister.gateway.tensor_file import tensor_file
-from cloister.model.directory import open_model
+from cloister.model.embedding import EmbeddingLayer
+from cloister.privacy import candidate_file
 from cloister.privacy.detector import Detection, Mode
 from cloister.privacy.labels import Detector, Finding
 from cloister.privacy.ledger import Ledger
@@ -99,9 +99,9 @@ def run(
     console: Console,
 ) -> Record:
     """Measures `count` prompts of each sort, one at a time and a few milliseconds apart, as requests come."""
-    directory = open_model(model)
-    held, sampler = sampler_for(directory, candidates, Mechanism.CHANNEL, Fraction(2))
-    client = ClientModel(directory)
+    layer = EmbeddingLayer.open(model)
+    held = candidate_file.read(candidates or model / candidate_file.FILE_NAME)
+    sampler = sampler_for(held, layer, Mechanism.CHANNEL, Fraction(2))
     warm_up, count = (4, 12) if smoke else (WARM_UP, count)
     sorts: dict[str, Callable[[], Iterator[list[str]]]] = {
         "letters, all new": lambda: ([text] for text in prompts.letters(1)),
@@ -124,7 +124,7 @@ def run(
                     track(islice(made(), warm_up + count), sort, warm_up + count, console=console)
                 ):
                     time.sleep(0.005)
-                    row, tokens = _one(sanitiser, client, texts, clock)
+                    row, tokens = _one(sanitiser, layer, texts, clock)
                     if place >= warm_up:
                         times.append(row)
                         lengths.append(tokens)
@@ -142,21 +142,21 @@ def run(
     return Record("sanitising", rows, facts, settings, note)
 
 
-def _one(sanitiser: Sanitiser, client: ClientModel, texts: list[str], clock: _Clock) -> tuple[dict[str, float], int]:
+def _one(sanitiser: Sanitiser, layer: EmbeddingLayer, texts: list[str], clock: _Clock) -> tuple[dict[str, float], int]:
     clock.seconds.clear()
     sanitised = clock.run("whole", lambda: sanitiser.sanitise(texts))
     newest = sanitised.texts[-1]
-    tokens: list[int] = client.directory.tokenizer.encode(newest)
-    clock.run("embed", lambda: _embedded(client, newest))
+    tokens: list[int] = layer.tokenizer.encode(newest)
+    clock.run("embed", lambda: _embedded(layer, newest))
     seconds = dict(clock.seconds)
     stages = ("detect", "charge", "draw")
     seconds["replace"] = seconds["whole"] - sum(seconds.get(stage, 0.0) for stage in stages)
     return seconds, len(tokens)
 
 
-def _embedded(client: ClientModel, text: str) -> bytes:
-    rows = client.rows(client.directory.tokenizer.encode(text))
-    return base64.b64encode(tensor_file(rows, client.dtype, client.width))
+def _embedded(layer: EmbeddingLayer, text: str) -> bytes:
+    rows = layer.rows(layer.tokenizer.encode(text))
+    return base64.b64encode(tensor_file(rows, layer.dtype, layer.width))
 
 
 def _row(sort: str, times: list[dict[str, float]]) -> dict[str, Any]:

@@ -210,6 +210,27 @@ def sanitising(
     record.show(stdout())
 
 
+@app.command("crossing")
+def crossing(
+    model: Annotated[Path | None, typer.Option("--model", help="Folder of a model; default: the shipped one.")] = None,
+    candidates: Annotated[
+        Path | None, typer.Option("--candidates", help="Its candidate file; default: the one in the model's folder.")
+    ] = None,
+    detectors: Annotated[str, typer.Option("--detectors", help="rules, presidio, spacy:MODEL.")] = "rules",
+    requests: Annotated[int, typer.Option("--requests", min=10, help="Requests of each sort.")] = 300,
+    smoke: SmokeOption = False,
+    out: OutOption = Path("bench/results"),
+) -> None:
+    """What it costs that the sanitiser has a process of its own: the same requests here and there, in turns."""
+    from cloister.assets import demo_model
+    from cloister.bench.crossing import run
+
+    names = [name.strip() for name in detectors.split(",")]
+    record = run(Path(model or demo_model()), candidates, names, requests, smoke, stderr())
+    record.write(out)
+    record.show(stdout())
+
+
 @app.command("gateway")
 def gateway(
     vllm: Annotated[
