@@ -1,8 +1,10 @@
 #!/bin/sh
-# Installs what some tests need besides Python: a TPM in software, FUSE, bubblewrap. Without it they skip and say so.
+# Installs what some tests need besides Python: a TPM in software with its tools, FUSE, bubblewrap, strace. Without it they skip and say so.
 set -eu
 missing=
 command -v swtpm >/dev/null || missing="$missing swtpm"
+command -v swtpm_setup >/dev/null || missing="$missing swtpm-tools"
+command -v strace >/dev/null || missing="$missing strace"
 command -v bwrap >/dev/null || missing="$missing bubblewrap"
 command -v fusermount3 >/dev/null || missing="$missing fuse3"
 ldconfig -p 2>/dev/null | grep -q libfuse.so.2 || missing="$missing libfuse2"

@@ -1,5 +1,6 @@
 """The deployments: complete, parsed by the tools' own formats, without an insecure option, with commands that exist."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -113,6 +114,30 @@ def test_containers_are_confined(name: str) -> None:
     if accelerator is not None:
         assert "volumes" not in accelerator
         assert accelerator["networks"] == ["products"]
+
+
+def compose() -> list[str]:
+    """The compose command of this machine, whichever it has."""
+    for words in (["docker", "compose"], ["docker-compose"]):
+        tool = shutil.which(words[0])
+        if (
+            tool is not None
+            and subprocess.run([tool, *words[1:], "version"], capture_output=True, check=False).returncode == 0
+        ):
+            return [tool, *words[1:]]
+    pytest.skip("compose is not installed (Debian: apt install docker-compose)")
+
+
+@pytest.mark.parametrize("name", ["docker/compose.yml", "dstack/docker-compose.yml"])
+def test_compose_reads_its_files(name: str) -> None:
+    given = {
+        "CLOISTER_IMAGE": "registry/cloister@sha256:" + "0" * 64,
+        "BROKER": "broker:1",
+        "ACCELERATOR": "accelerator:1",
+    }
+    command = [*compose(), "-f", str(DEPLOY / name), "config", "-q"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **given})
+    assert done.returncode == 0, done.stderr
 
 
 def commands() -> list[list[str]]:
