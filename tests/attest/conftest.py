@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,11 @@ class CertifiedTpm:
 
     path: Path
     authorities: list[x509.Certificate]
+
+    @property
+    def begins(self) -> datetime:
+        """From when on the certificates are valid: swtpm's tools date them a moment ahead."""
+        return max(certificate.not_valid_before_utc for certificate in self.authorities) + timedelta(seconds=3)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,9 @@
 """Enrolling an attestation key by credential activation, with a software TPM and certificates that its own tools made."""
 
 import hashlib
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -37,8 +40,9 @@ NOW = datetime.now(UTC) + timedelta(hours=1)  # swtpm's tools date their certifi
 
 def test_a_certified_tpm_is_enrolled_and_its_quotes_are_accepted(certified: CertifiedTpm) -> None:
     shown = Shown.decode(show(certified.path).encode())
-    enrolment = Enrolment(shown, certified.authorities, NOW)
-    secret = activate(certified.path, Credential.decode(enrolment.credential.encode()))
+    enrolment, credential = Enrolment.begin(shown, certified.authorities, NOW)
+    secret = activate(certified.path, Credential.decode(credential.encode()))
+    enrolment = Enrolment.resume(enrolment.kept())
     name = enrolment.accept(secret)
     evidence = TpmAttester(certified.path, [0]).evidence(REPORT_DATA)
     registers = TpmCollateral.decode(evidence.collateral)[1]
@@ -48,47 +52,76 @@ def test_a_certified_tpm_is_enrolled_and_its_quotes_are_accepted(certified: Cert
         enrolment.accept(secret)
 
 
+def test_the_command_line_from_the_certificate_to_the_policy(certified: CertifiedTpm, tmp_path: Path) -> None:
+    pem = b"".join(authority.public_bytes(Encoding.PEM) for authority in certified.authorities)
+    (tmp_path / "vendor.pem").write_bytes(pem)
+    names = ("machine", "challenge", "answer", "keep", "vendor.pem")
+    machine, challenge, answer, keep, vendor = (str(tmp_path / name) for name in names)
+    device = ["--device", str(certified.path)]
+    make = ["challenge", machine, "--authorities", vendor, "--out", challenge, "--keep", keep]
+
+    def run(*arguments: str, code: int = 0) -> str:
+        line = [sys.executable, "-m", "cloister", "tpm", *arguments]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        return done.stdout if code == 0 else done.stderr
+
+    time.sleep(max(0.0, (certified.begins - datetime.now(UTC)).total_seconds()))
+    run("show", "--out", machine, *device)
+    run(*make)
+    assert Path(keep).stat().st_mode & 0o777 == 0o600
+    run("answer", challenge, "--out", answer, *device)
+    name = hashlib.sha256(Shown.decode(Path(machine).read_bytes()).public).hexdigest()
+    assert run("enrol", answer, "--keep", keep).split()[-1] == f'["{name}"]'
+    assert not Path(keep).exists()
+    assert "cannot be read" in run("enrol", answer, "--keep", keep, code=1)
+    Path(challenge).unlink()
+    run(*make)
+    assert "did not read the challenge" in run("enrol", answer, "--keep", keep, code=1)  # the answer to another one
+
+
 def test_a_wrong_answer_spends_the_challenge(certified: CertifiedTpm) -> None:
-    enrolment = Enrolment(show(certified.path), certified.authorities, NOW)
+    enrolment, credential = Enrolment.begin(show(certified.path), certified.authorities, NOW)
     with pytest.raises(EvidenceRefusedError, match="not in the TPM of this certificate"):
         enrolment.accept(bytes(32))
     with pytest.raises(EvidenceRefusedError):
-        enrolment.accept(activate(certified.path, enrolment.credential))
+        enrolment.accept(activate(certified.path, credential))
 
 
 def test_a_key_that_is_in_no_tpm_cannot_be_enrolled_under_the_certificate_of_one(certified: CertifiedTpm) -> None:
     """The attack that activation is for: a software key that claims to be inside a genuine TPM."""
     genuine = show(certified.path)
     liar = FakeTpm(ec.generate_private_key(ec.SECP256R1()))
-    enrolment = Enrolment(Shown(certificate=genuine.certificate, public=liar.public()), certified.authorities, NOW)
+    claimed = Shown(certificate=genuine.certificate, public=liar.public())
+    _, credential = Enrolment.begin(claimed, certified.authorities, NOW)
     with pytest.raises(AttesterError, match="not for this TPM"):
-        activate(certified.path, enrolment.credential)
+        activate(certified.path, credential)
 
 
 def test_another_tpm_cannot_answer(certified: CertifiedTpm, swtpm: Path) -> None:
     """The other TPM has no certificate; even with its own endorsement key at hand it reads nothing."""
-    enrolment = Enrolment(show(certified.path), certified.authorities, NOW)
+    _, credential = Enrolment.begin(show(certified.path), certified.authorities, NOW)
     with pytest.raises(AttesterError, match="not for this TPM"):
-        activate(swtpm, enrolment.credential)
+        activate(swtpm, credential)
     with TpmClient(swtpm) as tpm:
         endorsement, _ = tpm.create_primary(TEMPLATES[0][1])
         attestation, _ = tpm.create_attestation_key()
         with pytest.raises(AttesterError, match="refused command 0x147"):
-            _activated(tpm, attestation, endorsement, enrolment.credential)
+            _activated(tpm, attestation, endorsement, credential)
     with pytest.raises(AttesterError, match="holds no endorsement certificate"):
         show(swtpm)
 
 
 @pytest.mark.parametrize("part", ["blob", "seed"])
 def test_a_changed_challenge_is_not_read_and_nothing_stays_in_the_tpm(certified: CertifiedTpm, part: str) -> None:
-    enrolment = Enrolment(show(certified.path), certified.authorities, NOW)
+    enrolment, credential = Enrolment.begin(show(certified.path), certified.authorities, NOW)
     for _ in range(4):  # a TPM has three slots
-        changed = bytearray(getattr(enrolment.credential, part))
+        changed = bytearray(getattr(credential, part))
         changed[-1] ^= 1
-        parts = {"blob": enrolment.credential.blob, "seed": enrolment.credential.seed} | {part: bytes(changed)}
+        parts = {"blob": credential.blob, "seed": credential.seed} | {part: bytes(changed)}
         with pytest.raises(AttesterError):
             activate(certified.path, Credential(**parts))
-    enrolment.accept(activate(certified.path, enrolment.credential))
+    enrolment.accept(activate(certified.path, credential))
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["RSA", "P-256"])
@@ -130,14 +163,14 @@ def certificate(
     return builder.sign(changes.get("signer", AUTHORITY), hashes.SHA256())
 
 
-def enrol(leaf: x509.Certificate, public: bytes | None = None) -> Enrolment:
+def enrol(leaf: x509.Certificate, public: bytes | None = None) -> Credential:
     tpm = FakeTpm(ec.generate_private_key(ec.SECP256R1()))
     shown = Shown(certificate=leaf.public_bytes(Encoding.DER), public=tpm.public() if public is None else public)
-    return Enrolment(shown, [certificate(AUTHORITY.public_key(), authority=True)], NOW)
+    return Enrolment.begin(shown, [certificate(AUTHORITY.public_key(), authority=True)], NOW)[1]
 
 
 def test_a_good_certificate_gives_a_challenge() -> None:
-    assert len(enrol(certificate(ENDORSEMENT.public_key())).credential.blob) == 2 + 34 + 34
+    assert len(enrol(certificate(ENDORSEMENT.public_key())).blob) == 2 + 34 + 34
 
 
 @pytest.mark.parametrize(
@@ -175,17 +208,17 @@ def test_a_key_that_may_leave_its_tpm_is_not_challenged() -> None:
 def test_without_authorities_nothing_is_believed() -> None:
     shown = Shown(certificate=certificate(ENDORSEMENT.public_key()).public_bytes(Encoding.DER), public=b"")
     with pytest.raises(EvidenceRefusedError, match="No authority"):
-        Enrolment(shown, [], NOW)
+        Enrolment.begin(shown, [], NOW)
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"{}", b"[" * 10**5, b'{"certificate":"AAAA"}', b'{"blob":"AAAA","seed":"!"}', b"\xff"]
 )
 def test_malformed_messages_are_errors(content: bytes) -> None:
-    for kind in (Shown, Credential):
+    for read in (Shown.decode, Credential.decode, Enrolment.resume):
         with pytest.raises(EvidenceError):
-            kind.decode(content)
+            read(content)
     with pytest.raises(AttestationError):
-        Enrolment(
+        Enrolment.begin(
             Shown(certificate=content, public=content), [certificate(AUTHORITY.public_key(), authority=True)], NOW
         )

@@ -45,7 +45,7 @@ MAX_BYTES: Final = 2**17
 _IDENTITY: Final = b"IDENTITY\0"
 
 EndorsementKey = rsa.RSAPublicKey | ec.EllipticCurvePublicKey
-Document = TypeVar("Document", "Shown", "Credential")
+Document = TypeVar("Document", bound=msgspec.Struct)
 
 _Part = Annotated[bytes, msgspec.Meta(max_length=2**15)]
 
@@ -86,17 +86,29 @@ class Credential(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return _decoded(document, Credential)
 
 
-class Enrolment:
-    """The owner's side of one enrolment: a challenge, and one answer to it."""
+class _Kept(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+    secret: Annotated[bytes, msgspec.Meta(min_length=SECRET_BYTES, max_length=SECRET_BYTES)]
 
-    def __init__(
-        self,
+
+class Enrolment:
+    """The owner's side of one enrolment: a challenge that was made, and one answer to it."""
+
+    def __init__(self, name: bytes, secret: bytes) -> None:
+        """Takes the name of the attestation key and the secret of its challenge; `begin` is the way to get one."""
+        self._name = name
+        self._secret: bytes | None = secret
+
+    @staticmethod
+    def begin(
         shown: Shown,
         authorities: Sequence[x509.Certificate],
         now: datetime,
         random: Callable[[int], bytes] = os.urandom,
-    ) -> None:
-        """Checks what a machine shows; `authorities` are the vendor's certificates, issuer first, root last, all trusted.
+    ) -> "tuple[Enrolment, Credential]":
+        """Returns an enrolment, and the challenge for the machine, once what the machine shows was checked.
+
+        `authorities` are the vendor's certificates, issuer first, root last, all trusted.
 
         Raises:
             EvidenceRefusedError: the certificate is not of these authorities, not for an endorsement key, or the attestation
@@ -109,10 +121,18 @@ class Enrolment:
             raise EvidenceRefusedError(
                 f"The attestation key's attributes are {area.attributes:#x}: it could sign what no TPM made, or leave the TPM."
             )
-        self._name = area.name
-        self._secret: bytes | None = random(SECRET_BYTES)
-        self.credential = make_credential(endorsement, area.name, self._secret, random)
-        """What the machine is sent."""
+        secret = random(SECRET_BYTES)
+        return Enrolment(area.name, secret), make_credential(endorsement, area.name, secret, random)
+
+    def kept(self) -> bytes:
+        """Returns what must be kept, in private, until the machine answers."""
+        return msgspec.json.encode(_Kept(name=self._name, secret=self._secret or b""))
+
+    @staticmethod
+    def resume(document: bytes) -> "Enrolment":
+        """Returns the enrolment that was kept; raises `EvidenceError` if it is none. The caller deletes what was kept."""
+        found = _decoded(document, _Kept)
+        return Enrolment(found.name, found.secret)
 
     def accept(self, answer: bytes) -> bytes:
         """Returns the name to enrol, if the TPM could read the secret; the challenge is spent either way.

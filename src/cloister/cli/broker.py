@@ -65,11 +65,13 @@ def serve(
     broker: BrokerOption = None,
 ) -> None:
     """Answer enclaves that ask for keys, until Ctrl-C."""
+    from cloister.isolation.hardening import harden
     from cloister.seal.broker import Broker
     from cloister.seal.broker_server import BrokerServer
     from cloister.seal.policy import parse_policy
     from cloister.seal.store import Store
 
+    harden()  # it has keys: no core file, no reading by others of this user
     with Store.open(broker or owner_folder()) as store:
         number, _ = store.log.head()  # a store whose log was changed does not serve
         with BrokerServer(Broker(store, parse_policy), listen) as server:

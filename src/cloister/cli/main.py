@@ -23,6 +23,7 @@ from cloister.cli import (
     serve,
     slice,
     split,
+    tpm,
     verify,
 )
 from cloister.cli.display import stderr
@@ -52,6 +53,7 @@ app.add_typer(broker.app, name="broker", rich_help_panel=_OWN)
 app.command("slice", rich_help_panel=_OWN)(slice.slice_)
 app.command("serve", rich_help_panel=_OWN)(serve.serve)
 app.command("measure", rich_help_panel=_OWN)(measure.measure)
+app.add_typer(tpm.app, name="tpm", rich_help_panel=_OWN)
 app.command("accelerator", rich_help_panel=_OWN)(accelerator.accelerator)
 app.add_typer(candidates.app, name="candidates", rich_help_panel=_ASK)
 app.command("gateway", rich_help_panel=_ASK)(gateway.gateway)
