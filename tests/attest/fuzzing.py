@@ -10,13 +10,29 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from attest.amd import Amd, snp_policy
 from attest.cloud_forge import Aws, Nvidia
 from attest.forge import NOW, TD, Forge, strict
 from attest.tpm_forge import FakeTpm
-from cloister.attest import cbor, certificate_table, certificates, collateral, der, document, gpu, quote, vector
+from cloister.attest import (
+    cbor,
+    certificate_table,
+    certificates,
+    collateral,
+    dcap_pki,
+    der,
+    document,
+    gpu,
+    quote,
+    tpm_enrolment,
+    vector,
+)
+from cloister.attest.certificates import load_der
 from cloister.attest.evidence import Evidence, Kind, Result, Verdict
 from cloister.attest.policy import Policy, SimPolicy, TpmPolicy
 from cloister.attest.receipt import Receipt
@@ -32,6 +48,21 @@ EXPECTED = (CloisterError,)
 VECTORS = Path(__file__).parents[1] / "vectors"
 
 Target = Callable[[bytes], object]
+
+
+def _endorsed() -> tuple[bytes, bytes]:
+    """Returns an endorsement certificate and the authority that issued it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    window = (NOW - timedelta(days=1), NOW + timedelta(days=1))
+    authority = dcap_pki.certify("TPM CA", key.public_key(), ("TPM CA", key), window, path=0)
+    builder = x509.CertificateBuilder().subject_name(x509.Name([])).issuer_name(authority.subject).serial_number(7)
+    builder = builder.public_key(key.public_key()).not_valid_before(window[0]).not_valid_after(window[1])
+    builder = builder.add_extension(x509.ExtendedKeyUsage([tpm_enrolment.ENDORSEMENT_USAGE]), critical=False)
+    leaf = builder.sign(key, hashes.SHA256())
+    return leaf.public_bytes(Encoding.DER), authority.public_bytes(Encoding.DER)
+
+
+ENDORSEMENT, AUTHORITY = _endorsed()
 
 PARSERS: dict[str, Target] = {
     "evidence": Evidence.decode,
@@ -54,12 +85,15 @@ PARSERS: dict[str, Target] = {
     "cbor": cbor.decode,
     "gpu report": gpu.parse,
     "installation": Installation.decode,
+    "tpm shown": tpm_enrolment.Shown.decode,
+    "tpm credential": tpm_enrolment.Credential.decode,
+    "endorsement certificate": lambda data: tpm_enrolment.endorsement_key(data, [load_der(AUTHORITY)], NOW),
 }
 
 
 WITH_INPUTS = (
     "evidence", "quote", "padding", "collateral", "snp report", "tpm attest", "tpm public", "tpm collateral",
-    "tpm split", "certificate", "chain", "cbor", "gpu report",
+    "tpm split", "certificate", "chain", "cbor", "gpu report", "tpm shown", "tpm credential", "endorsement certificate",
 )  # fmt: skip
 """Parsers for which `good_inputs` has a well-formed input."""
 
@@ -124,6 +158,9 @@ def good_inputs(found: dict[str, Sample]) -> dict[str, bytes]:
         "cbor": found["nitro"].evidence.report,
         "gpu report": found["gpu"].evidence.report,
         "chain": quote.parse(sgx.report).pck_chain,
+        "tpm shown": tpm_enrolment.Shown(certificate=ENDORSEMENT, public=public).encode(),
+        "tpm credential": tpm_enrolment.Credential(blob=bytes(70), seed=bytes(258)).encode(),
+        "endorsement certificate": ENDORSEMENT,
     }
 
 
