@@ -28,6 +28,7 @@ def subject(tmp_path: Path) -> Subject:
         "lib/site-packages/other.py": "not ours",
         "model/config.json": "{}",
         "model/model.safetensors": "weights",
+        "tax/adapter_model.safetensors": "low rank",
         "python": "executable",
         "run.lock": "numpy==2.0",
         "plan.toml": "policy = 'all'",
@@ -44,6 +45,7 @@ def subject(tmp_path: Path) -> Subject:
         plan=tmp_path / "plan.toml",
         model=tmp_path / "model",
         settings=Settings(),
+        adapters=(("tax", tmp_path / "tax"),),
     )
 
 
@@ -62,7 +64,7 @@ def test_every_part_is_listed_with_its_hash(subject: Subject, tmp_path: Path) ->
 FILES = "package/__init__.py package/sub/module.py lib/os.py model/config.json model/model.safetensors python run.lock"
 
 
-@pytest.mark.parametrize("name", [*FILES.split(), "plan.toml"])
+@pytest.mark.parametrize("name", [*FILES.split(), "plan.toml", "tax/adapter_model.safetensors"])
 def test_one_changed_bit_of_any_file_changes_the_digest(subject: Subject, tmp_path: Path, name: str) -> None:
     before = measure(subject).digest
     content = bytearray((tmp_path / name).read_bytes())
@@ -88,6 +90,8 @@ def test_a_file_more_less_moved_or_renamed_changes_the_digest(subject: Subject, 
     changed(lambda: (package / "new.py").rename(package / "newer.py"))
     changed(lambda: (package / "newer.py").rename(tmp_path / "model" / "newer.py"))
     changed(lambda: (tmp_path / "model" / "newer.py").write_text("x"))
+    subject = dataclasses.replace(subject, adapters=(("law", tmp_path / "tax"),))
+    changed(lambda: None)
 
 
 def test_one_changed_byte_of_a_dependency_changes_the_digest(

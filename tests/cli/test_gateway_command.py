@@ -26,7 +26,9 @@ GATEWAY = ("gateway", "--model", str(demo_model()), "--port", "0", "--detectors"
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--engine", "gpu-host"), "http://HOST:PORT"),
+        (("--engine", "gpu-host"), "http(s)://HOST:PORT"),
+        (("--engine", "cloister://127.0.0.1:9"), "takes --policy and no --model"),
+        (("--engine", "enclave", "--policy", "policy.toml"), "takes no --policy"),
         (("--engine", "http://127.0.0.1:9", "--epsilon", "0"), "--epsilon is '0'"),
         (("--engine", "http://127.0.0.1:9", "--host", "192.0.2.1"), "--key-file"),
         (("--engine", "http://127.0.0.1:9"), "cloister candidates build"),

@@ -8,9 +8,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import cloister
 from cloister.assets import demo_model
+from cloister.attest.measure import Part, measure, this_program
 from cloister.errors import AdapterError, CheckpointError, RequestError
 from cloister.local.client import LLM
+from cloister.local.confined import ConfinedServer
+from cloister.seal.policy import parse_policy
+from cloister.settings import Settings
 from cloister.wire.session import Rehearsal
 from peft_models import PLAIN, write_adapter, write_base
 
@@ -54,6 +59,29 @@ def test_requests_choose_their_adapter_and_switching_leaves_no_trace(llm: LLM, a
     assert again.finished is not None
     assert again.finished.cached_tokens > 0, "the same adapter keeps its cache"
     assert llm.sightings().uniform
+
+
+def test_receipts_name_a_measurement_that_covers_the_adapters(llm: LLM, folders: dict[str, Path]) -> None:
+    reply = llm.chat(CHAT, adapter="red", **GREEDY)
+    assert reply.text
+    assert reply.receipt is not None
+    subject = this_program(Settings(), model=demo_model(), adapters=folders, isolated=True)
+    assert reply.receipt.statement.measurement == measure(subject).digest
+    assert {item.name for item in measure(subject).part(Part.ADAPTER)} >= {
+        f"{name}/adapter_model.safetensors" for name in folders
+    }
+
+
+def test_adapters_are_served_to_clients_elsewhere(
+    folders: dict[str, Path], alone: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    with ConfinedServer(demo_model(), listen="127.0.0.1:0", adapters=folders) as server:
+        policy, roots = parse_policy(server.policy)
+        with cloister.connect(server.address, policy=policy, roots=roots) as llm:
+            assert {adapter.name for adapter in llm.info.adapters} == set(folders)
+            for name in ("red", ""):
+                assert llm.chat(CHAT, adapter=name, **GREEDY).text == alone[name]
 
 
 def test_what_is_loaded_is_told(llm: LLM) -> None:

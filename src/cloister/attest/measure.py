@@ -3,7 +3,7 @@
     measurement = SHA-256("cloister/measurement/1" ‖ for each item in the order of names: length ‖ name ‖ size ‖ SHA-256)
 
 Covers: the package's own files, the files of the packages that it needs, the lock file, the interpreter with its standard
-library, the plan, the model, the settings. A part that there is none of is an item that says so.
+library, the plan, the model, adapters, the settings. A part that there is none of is an item that says so.
 Does not cover: the kernel, shared libraries of the system, and cached bytecode (`__pycache__`): hardware that measures
 memory covers those, and a process that is to be measured by this list alone must run with `-X pycache_prefix` set to
 an empty private folder. This list is computed by the very program that it describes: it means something only where
@@ -16,12 +16,13 @@ import re
 import stat
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import msgspec
@@ -51,6 +52,7 @@ class Part(StrEnum):
     INTERPRETER = "interpreter"
     PLAN = "plan"
     MODEL = "model"
+    ADAPTER = "adapter"
     SETTINGS = "settings"
 
 
@@ -108,6 +110,8 @@ class Subject:
     settings: Settings
     sanitising: bytes = b""
     """What a sanitising enclave does to prompts, as its policy says it; empty of others."""
+    adapters: tuple[tuple[str, Path], ...] = ()
+    """Folders of adapters beside the model, by the names that requests choose them with."""
     isolated: bool = False
     """Measure as if this were an enclave, which runs as `python -I`; without, as this process runs."""
 
@@ -133,6 +137,8 @@ class Subject:
             yield Part.PLAN, self.plan.name, self.plan
         if isinstance(self.model, Path):
             yield from _folder(Part.MODEL, self.model)
+        for name, folder in self.adapters:
+            yield from _folder(Part.ADAPTER, folder, f"{name}/")
 
     def choices(self) -> Iterator[Item]:
         """Yields what is measured and is not a file, and what there is none of."""
@@ -157,7 +163,7 @@ class Subject:
 
 def this_program(
     settings: Settings, plan: Path | None = None, model: Path | bytes | None = None, lock: Path | None = None,
-    sanitising: bytes = b"", *, isolated: bool = False,
+    sanitising: bytes = b"", *, adapters: Mapping[str, Path] = MappingProxyType({}), isolated: bool = False,
 ) -> Subject:  # fmt: skip
     """Returns the running program as what is to be measured.
 
@@ -180,6 +186,7 @@ def this_program(
         model=model,
         settings=settings,
         sanitising=sanitising,
+        adapters=tuple(sorted(adapters.items())),
         isolated=isolated,
     )
 

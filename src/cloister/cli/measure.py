@@ -46,6 +46,7 @@ def measure(
     settings: o.SettingsFile = None,
     lock: LockOption = None,
     sanitising: SanitisingOption = None,
+    adapter: o.AdapterOption = None,
     files: FilesOption = False,
     expect: ExpectOption = None,
     as_json: o.JsonOption = False,
@@ -65,7 +66,15 @@ def measure(
     root = _digest(model_root, "--model-root") if model_root is not None else None
     expected = _digest(expect, "--expect") if expect is not None else None
     chosen = o.RuntimeOptions(settings).settings()
-    subject = this_program(chosen, plan, model if root is None else root, lock, _policy(sanitising), isolated=True)
+    subject = this_program(
+        chosen,
+        plan,
+        model if root is None else root,
+        lock,
+        _policy(sanitising),
+        adapters=o.adapters(adapter),
+        isolated=True,
+    )
     found = _with_progress(subject)
     if as_json:
         _print_json(found)

@@ -54,6 +54,7 @@ def serve(
     broker: BrokerAddress = None,
     settings: o.SettingsFile = None,
     accelerator: o.AddressOption = None,
+    adapter: o.AdapterOption = None,
 ) -> None:
     """Serve a model from inside a TEE, through the sealed channel, with evidence per connection and a receipt per answer.
 
@@ -73,21 +74,23 @@ def serve(
                 )
             if broker:
                 chosen = replace(chosen, seal=replace(chosen.seal, broker=broker))
-            _confined(model, listen, chosen, policy_out)
+            _confined(model, listen, chosen, policy_out, o.adapters(adapter))
         elif policy_out is not None:
             raise SettingsError(
                 "A policy for hardware names what the hardware measures.", remedy="Write it from cloister verify HOST."
             )
         else:
-            _inside(model, listen, chosen, _attester(tsm_helper, collateral), broker)
+            _inside(model, listen, chosen, _attester(tsm_helper, collateral), broker, o.adapters(adapter))
 
 
-def _confined(model: Path, listen: str, settings: "Settings", policy_out: Path | None) -> None:
+def _confined(
+    model: Path, listen: str, settings: "Settings", policy_out: Path | None, adapters: dict[str, Path]
+) -> None:
     from cloister.local.confined import ConfinedServer, write_policy
 
     console, display = stderr(), Display()
     with display.loading():
-        server = ConfinedServer(model, settings, listen=listen, listener=display)
+        server = ConfinedServer(model, settings, listen=listen, listener=display, adapters=adapters)
     with server:
         if policy_out is not None:
             write_policy(policy_out, server.policy)
@@ -101,7 +104,12 @@ def _confined(model: Path, listen: str, settings: "Settings", policy_out: Path |
 
 
 def _inside(
-    model: Path, listen: str, settings: "Settings", attester: "Callable[[bytes], Attester]", broker: str | None
+    model: Path,
+    listen: str,
+    settings: "Settings",
+    attester: "Callable[[bytes], Attester]",
+    broker: str | None,
+    adapters: dict[str, Path],
 ) -> None:
     from cloister.local.client import plain_settings
     from cloister.local.confined import parse_address
@@ -117,7 +125,11 @@ def _inside(
             raise SettingsError(f"{model} is sealed.", remedy="Name its owner's broker: --broker HOST:PORT.")
         owner = Owner(connect(broker).sock, attester)
     console = stderr()
-    request = Open(str(model.resolve()), plain_settings(settings))
+    request = Open(
+        str(model.resolve()),
+        plain_settings(settings),
+        adapters={name: str(folder.resolve()) for name, folder in adapters.items()},
+    )
     where = parse_address(listen)
     with console.status("opening the model ..."):
         server = EnclaveServer(request, attester, owner=owner)

@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +37,7 @@ class ConfinedServer:
         *,
         listen: str = f"127.0.0.1:{PORT}",
         listener: Listener | None = None,
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     ) -> None:
         """Listens on `listen` (host:port; port 0: any free one), and starts the enclave.
 
@@ -51,7 +53,7 @@ class ConfinedServer:
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
-                self._llm = LLM(directory, settings, listener=listener, connections=theirs)
+                self._llm = LLM(directory, settings, listener=listener, adapters=adapters, connections=theirs)
         except BaseException:
             self._socket.close()
             self._ours.close()

@@ -29,7 +29,7 @@ from cloister.enclave.prepare import prepare
 from cloister.enclave.receipts import CheckCounter, SessionReceipts
 from cloister.enclave.serving import SealedService
 from cloister.enclave.session import Session, failure, report
-from cloister.errors import AcceleratorError, AdapterError, AttesterError, CloisterError, WireError
+from cloister.errors import AcceleratorError, AttesterError, CloisterError, WireError
 from cloister.isolation.launch import applied
 from cloister.isolation.secret_memory import keys_at_rest
 from cloister.local.accelerators import open_accelerators
@@ -192,11 +192,10 @@ class EnclaveProcess:
 
     def _measured(self, root: bytes, request: Open, asked: Settings) -> bytes:
         """Returns the measurement of this program with the model; `root` is that of a sealed one."""
-        if request.adapters:
-            raise AdapterError("Adapters in other folders are not measured.", remedy="Seal them with the model.")
         if self._serving is not None and self._serving.measurement:
             return self._serving.measurement
-        return measure(this_program(asked, model=root or Path(request.model))).digest
+        adapters = {name: Path(folder) for name, folder in request.adapters.items()}
+        return measure(this_program(asked, model=root or Path(request.model), adapters=adapters)).digest
 
     def _incident(self, incident: Incident) -> None:
         self._refused += 1
