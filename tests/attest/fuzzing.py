@@ -35,7 +35,7 @@ from cloister.attest import (
 from cloister.attest.certificates import load_der
 from cloister.attest.evidence import Evidence, Kind, Result, Verdict
 from cloister.attest.policy import Policy, SimPolicy, TpmPolicy
-from cloister.attest.receipt import Receipt
+from cloister.attest.receipt import Receipt, verify_receipt
 from cloister.attest.roots import Roots
 from cloister.attest.sim import Installation, SimAttester
 from cloister.attest.snp_report import SnpReport
@@ -64,12 +64,23 @@ def _endorsed() -> tuple[bytes, bytes]:
 
 ENDORSEMENT, AUTHORITY = _endorsed()
 
+
+def judged_receipt(document: bytes) -> object:
+    """Reads a receipt and judges it; nobody is believed, so nothing may be accepted."""
+    nobody = Policy(accept=(SimPolicy(measurement=frozenset({bytes(32)}), min_version=1),), report_data=bytes(64))
+    verdict = verify_receipt(Receipt.decode(document), nobody, NOW, Roots())
+    if verdict.result is Result.ACCEPTED:
+        raise AssertionError("a receipt of a stranger is accepted")
+    return verdict
+
+
 PARSERS: dict[str, Target] = {
     "evidence": Evidence.decode,
     "attestation": document.Attestation.decode,
     "format": document.format_of,
     "vector": vector.Vector.decode,
-    "receipt": Receipt.decode,
+    "receipt vector": vector.ReceiptVector.decode,
+    "receipt": judged_receipt,
     "quote": quote.parse,
     "padding": quote.without_padding,
     "collateral": collateral.read,
@@ -166,10 +177,19 @@ def good_inputs(found: dict[str, Sample]) -> dict[str, bytes]:
 
 def of_vectors(name: str) -> list[bytes]:
     """Returns what the conformance vectors have for a parser of whole documents."""
-    documents = [path.read_bytes() for path in sorted(VECTORS.glob("*/input.json"))]
-    if name == "vector":
-        return documents
-    return [vector.Vector.decode(document).evidence for document in documents] if name == "evidence" else []
+    documents = {path.parent.name: path.read_bytes() for path in sorted(VECTORS.glob("*/input.json"))}
+    receipts = [documents.pop(found) for found in list(documents) if found.startswith("receipt-")]
+    match name:
+        case "vector":
+            return list(documents.values())
+        case "evidence":
+            return [vector.Vector.decode(document).evidence for document in documents.values()]
+        case "receipt vector":
+            return receipts
+        case "receipt":
+            return [vector.ReceiptVector.decode(document).receipt for document in receipts]
+        case _:
+            return []
 
 
 def reports_of_vectors(kind: str) -> list[bytes]:
