@@ -5,6 +5,7 @@ sends other encodings, redirects elsewhere. Guarantees: nothing is sent to anoth
 nothing twice. Does not cover: whether the engine's words are true.
 """
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from types import TracebackType
@@ -20,6 +21,7 @@ MAX_LINE_BYTES: Final = 4 * 2**20
 MAX_PAGE_BYTES: Final = 4 * 2**20
 CONNECT_SECONDS: Final = 10.0
 SHOWN_CHARACTERS: Final = 300
+DRAIN_SECONDS: Final = 0.05
 
 
 class EngineClient:
@@ -58,11 +60,13 @@ class EngineClient:
                     raise self._odd(
                         f"a stream was asked for, and {_shown(response.headers.get('content-type', ''))} came"
                     )
-                async for line in self._lines(response):
+                lines = self._lines(response)
+                async for line in lines:
                     if not line.startswith(b"data:"):
                         continue
                     data = line[5:].strip()
                     if data == b"[DONE]":
+                        await _drain(lines)
                         return
                     event = self._decoded(data)
                     if "error" in event:
@@ -183,6 +187,14 @@ class EngineClient:
                 f"The engine at {self.address} cannot be reached or cut the connection ({type(error).__name__}).",
                 remedy="Start it, or give another --engine.",
             ) from None
+
+
+async def _drain(lines: AsyncIterator[bytes]) -> None:
+    """Reads the end of a stream, so that the connection can serve the next request; gives up on one that goes on."""
+    with contextlib.suppress(TimeoutError, EngineProtocolError, httpx2.HTTPError):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            async for _ in lines:
+                pass
 
 
 _JSON: Final = {"content-type": "application/json"}

@@ -9,8 +9,9 @@ came and reported as ambiguous, since any choice could be wrong.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final
 
 from cloister.privacy.labels import Label, Numeral
@@ -63,14 +64,28 @@ class ReverseMap:
         for swap in clear.values():
             for variant in _variants(swap):
                 self._swaps.setdefault(_plain(variant.sent), variant)
-        self.pattern = _compiled(self._swaps)
+        self._begins = {sent.partition(" ")[0] for sent in self._swaps}
         self._prefixes = {sent[:length] for sent in self._swaps for length in range(1, len(sent) + 1)}
         self.longest = max((len(sent) for sent in self._swaps), default=0) + _LONGEST_ENDING
 
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return _compiled(self._swaps)
+
+    def matches(self, text: str, start: int) -> Iterator[re.Match[str]]:
+        """Returns where replacements stand in `text` from `start` on.
+
+        Their expression is made when one may stand there for the first time: that takes as long as sanitising a prompt.
+        """
+        plain = text.casefold()
+        return self._pattern.finditer(text, start) if any(begin in plain for begin in self._begins) else iter(())
+
     def own(self, match: re.Match[str]) -> tuple[str, Swap] | None:
         """Returns what a match stands for, in the case of the match; None if its case says that it is another word."""
-        swap = self._swaps[_plain(match.group(1))]
         seen = match.group(1)
+        swap = self._swaps.get(_plain(seen))
+        if swap is None:  # letters that an expression without case takes for others, such as ı for i
+            return None
         if seen == swap.sent or _BLANKS.sub(" ", seen) == swap.sent:
             return swap.own, swap
         letters = [c for c in seen if c.isalpha()]
@@ -128,7 +143,7 @@ class Restorer:
         pieces: list[str] = []
         place = len(context)
         length = self._length
-        for match in self._reverse.pattern.finditer(text, place) if self._reverse else ():
+        for match in self._reverse.matches(text, place):
             found = self._reverse.own(match)
             if found is None:
                 continue
