@@ -220,6 +220,7 @@ for name in ("mem", "environ"):
 """Another user tries, or the same one where the tests are not run by root."""
 
 
+@pytest.mark.slow
 def test_the_owner_can_name_the_very_policy(asked: Asked, sealed: Sealed, owner: Path) -> None:
     """The measurement that asks for the key covers the policy: a grant for one budget is none for another."""
     allow(owner)
@@ -320,7 +321,6 @@ def test_what_cannot_be_opened_says_why(asked: Asked, candidates: Path, tmp_path
         ({"candidates": ""}, CandidatesError, "cloister candidates build"),
         ({"epsilon": "1/2"}, CandidatesError, "1/2|0.5"),
         ({"detectors": ("magic",)}, SettingsError, "no detector"),
-        ({"mechanism": "dice"}, SettingsError, "dice"),
     ]
     for change, kind, says in cases:
         with pytest.raises(kind, match=says):
@@ -421,8 +421,6 @@ def test_the_recipe_of_the_documentation(owner: Path, candidates: Path, tmp_path
                 chat = [{"role": "user", "content": TEXT}]
                 answer = client.chat.completions.create(model="stub", messages=chat, max_tokens=40)  # type: ignore[arg-type]
             assert TEXT in (answer.choices[0].message.content or "")
-            verified = cloister("verify", url.removesuffix("/v1"), "--measurement", "any", "--json")
-            assert json.loads(verified.stdout)["kind"] == "sim"
         finally:
             gateway.terminate()
             gateway.stderr.read()
