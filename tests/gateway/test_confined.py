@@ -42,7 +42,8 @@ from cloister.gateway.service import Gateway, GatewaySettings
 from cloister.gateway.text_engine import TextEngine
 from cloister.gateway.vllm_engine import VllmEngine
 from cloister.local.broker_link import owner_folder, stand_in_file
-from cloister.local.sanitising import SanitisingEnclave
+from cloister.local.sandbox import sanitising_confinement
+from cloister.local.sanitising import SanitisingEnclave, _files
 from cloister.model.embedding import EmbeddingLayer
 from cloister.seal.policy import stand_in_policy
 from cloister.seal.selection import Part
@@ -344,6 +345,18 @@ def test_a_ledger_that_is_damaged_or_spent(asked: Asked, tmp_path: Path) -> None
         enclave.guard.open_session("mine")
 
 
+def test_it_may_read_what_it_needs_and_write_its_ledger(asked: Asked) -> None:
+    opening = asked.opening(detectors=("rules", "spacy:/models/own"))
+    model, ledger = Path(opening.model), Path(opening.ledger)
+    files = [Path(name) for name in _files(opening) if name]
+    assert Path("/models/own") in files
+    confinement = sanitising_confinement(model, files, [ledger.parent])
+    assert set(confinement.write) == {str(ledger.parent)}
+    assert {opening.model, opening.candidates, opening.dictionary} <= set(confinement.read)
+    assert str(Path.home()) not in confinement.read
+    assert (confinement.connect, confinement.gpu) == ((), False)
+
+
 @pytest.mark.slow
 def test_a_ledger_that_another_process_holds(confined: SanitisingEnclave, asked: Asked) -> None:
     confined.guard.open_session("mine")
@@ -421,6 +434,9 @@ def test_the_recipe_of_the_documentation(owner: Path, candidates: Path, tmp_path
                 chat = [{"role": "user", "content": TEXT}]
                 answer = client.chat.completions.create(model="stub", messages=chat, max_tokens=40)  # type: ignore[arg-type]
             assert TEXT in (answer.choices[0].message.content or "")
+            if os.getuid() == 0:  # root may look: the gateway has seen rows of its prompts and no others
+                row = EmbeddingLayer.open(Path(demo_model())).table[7].tobytes()
+                assert scan(gateway.pid, row) == "not found"
         finally:
             gateway.terminate()
             gateway.stderr.read()

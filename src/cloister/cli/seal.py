@@ -100,13 +100,20 @@ def seal(
         kept = f"the broker in {folder}"
     _report(sealed, key, kept, as_json)
     if only is Part.EMBEDDINGS:
-        _warn_of_tied(model)
+        _warn_of_client(model)
 
 
-def _warn_of_tied(model: Path) -> None:
+def _warn_of_client(model: Path) -> None:
+    """Says what the user of a package of the embedding layer would miss, and what hides nothing."""
     from cloister.errors import ModelError
     from cloister.model.files import read_object
+    from cloister.seal.writer import CANDIDATES
 
+    if not (model / CANDIDATES).exists():
+        stderr().print(
+            f"[yellow]{model} has no candidates, so a gateway must be given them apart (cloister candidates build).[/yellow]",
+            soft_wrap=True,
+        )
     if read_object(model / "config.json", ModelError).get("tie_word_embeddings"):
         stderr().print(
             "[bold yellow]This model's LM head is its embedding table: servers that hold the head hold the table.[/bold yellow]",

@@ -124,6 +124,8 @@ def split_client(
     with client_folder(model) as folder:
         tokenizer = folder.tokenizer()
     with SanitisingEnclave(asked, broker) as enclave:
+        if not as_json:
+            stderr().print(f"Embedded in: {enclave.ready.tee}", style="yellow", soft_wrap=True, highlight=False)
         part = ConfinedPart(enclave.prompts, enclave.ready.facts, tokenizer)
         with SplitClient(part, server) as client:
             if client.hello.get("kind") == "classifier":

@@ -27,8 +27,8 @@ from cloister.wire.sanitising import (
     policy_digest,
 )
 
-PROMPT_SECONDS: Final = 120.0
-REPORT_SECONDS: Final = 300.0
+SECONDS: Final = 900.0
+"""Longest wait for an answer: the longest prompts take minutes, and an enclave that dies is noticed at once."""
 
 
 class ConfinedGuard:
@@ -43,7 +43,7 @@ class ConfinedGuard:
 
     def open_session(self, session: str) -> None:
         """See `Guard`."""
-        self._prompts.ask(OpenSession(session), Done, PROMPT_SECONDS)
+        self._prompts.ask(OpenSession(session), Done, SECONDS)
 
     def protect(self, session: str, request: ChatRequest | CompletionRequest) -> Protected:
         """See `Guard`."""
@@ -52,11 +52,11 @@ class ConfinedGuard:
             encoded = msgspec.json.encode(request)
         except (msgspec.MsgspecError, OverflowError, UnicodeEncodeError) as error:
             raise RequestError(f"The request cannot be passed on: {error}.", remedy="Use plain JSON.") from None
-        return self._prompts.ask(Protect(session, kind, encoded), Protected, PROMPT_SECONDS)
+        return self._prompts.ask(Protect(session, kind, encoded), Protected, SECONDS)
 
     def report(self, session: str) -> dict[str, Any] | None:
         """See `Guard`."""
-        return self._reports.ask(AskReport(session), Report, REPORT_SECONDS).figures
+        return self._reports.ask(AskReport(session), Report, SECONDS).figures
 
     def describe(self) -> dict[str, Any]:
         """See `Guard`."""
@@ -70,7 +70,7 @@ class ConfinedGuard:
 
     def attestation(self, nonce: bytes) -> bytes | None:
         """See `Guard`."""
-        return self._reports.ask(AskEvidence(nonce), Shown, REPORT_SECONDS).document
+        return self._reports.ask(AskEvidence(nonce), Shown, SECONDS).document
 
     def alive(self) -> None:
         """See `Guard`."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cloister.errors import SealError
+from cloister.errors import CandidatesError, SealError
 from cloister.isolation.secret_memory import Secret
 from cloister.local.owner import Owner
 from cloister.model.embedding import EmbeddingLayer
@@ -62,7 +62,12 @@ class ClientFolder:
         own = self.path / candidate_file.FILE_NAME
         if chosen:
             own = Path(chosen)
-        elif self.files is not None and candidate_file.FILE_NAME in self.files:
+        elif self.files is not None:
+            if candidate_file.FILE_NAME not in self.files:
+                raise CandidatesError(
+                    f"The package {self.path} holds no candidates.",
+                    remedy="Its owner builds them before sealing (cloister candidates build MODEL), or name them: --candidates.",
+                )
             return self.files[candidate_file.FILE_NAME], own
         return candidate_file.read_bytes(own), own
 

@@ -138,7 +138,8 @@ class SanitisingEnclave:
 
 def _files(asked: OpenGateway | OpenSplit) -> tuple[str, ...]:
     if isinstance(asked, OpenGateway):
-        return asked.candidates, asked.dictionary, asked.public_words
+        models = [str(Path(name.removeprefix("spacy:")).resolve()) for name in asked.detectors if "/" in name]
+        return asked.candidates, asked.dictionary, asked.public_words, *models
     return (asked.corpus,)
 
 
