@@ -1,6 +1,8 @@
 """SGX and TDX: what is accepted, and every trap in which a verifier that only asks the library falls."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -516,3 +518,43 @@ def test_a_panic_of_the_library_is_a_refusal_and_an_interrupt_is_not(
     monkeypatch.setattr(dcap_qvl, "verify_with_root_ca", interrupt)
     with pytest.raises(KeyboardInterrupt):
         forge.verify(forge.evidence())
+
+
+HOSTILE = """
+import base64, sys
+sys.path[:0] = [{tests!r}]
+import dcap_qvl
+from attest.forge import NOW, Forge
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+forge = Forge.new("Test")
+statements = forge.statements()
+signer, root = x509.load_pem_x509_certificates(statements[{part!r}].encode())
+issuer, subject, rest = root.public_bytes(Encoding.DER).split(b"Test Root CA")
+renamed = issuer + b"Test Root CA" + subject + b"Fest Root CA" + rest
+lines = base64.encodebytes(renamed).decode()
+pem = f"-----BEGIN CERTIFICATE-----\\n{{lines}}-----END CERTIFICATE-----\\n"
+statements[{part!r}] = signer.public_bytes(Encoding.PEM).decode() + pem
+evidence = forge.evidence(statements=statements)
+if {alone}:
+    collateral = dcap_qvl.QuoteCollateralV3.from_json(evidence.collateral.decode())
+    dcap_qvl.verify_with_root_ca(evidence.report, collateral, renamed, int(NOW.timestamp()))
+print(*sorted(forge.verify(evidence).failed))
+"""
+
+
+@pytest.mark.parametrize("part", ["tcb_info_issuer_chain", "qe_identity_issuer_chain", "pck_crl_issuer_chain"])
+def test_a_chain_whose_names_do_not_fit_is_refused_and_does_not_end_the_process(part: str) -> None:
+    """In a process of its own: the library (0.7.0) ends the whole process on such a chain. Found by fuzzing receipts."""
+    tests = str(Path(__file__).resolve().parents[1])
+
+    def run(alone: bool) -> "subprocess.CompletedProcess[str]":
+        code = HOSTILE.format(tests=tests, part=part, alone=alone)
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    judged = run(alone=False)
+    assert judged.returncode == 0, judged.stderr
+    assert {"chain", "signature"} <= set(judged.stdout.split())
+    if part == "tcb_info_issuer_chain":
+        assert run(alone=True).returncode < 0, "the library no longer does: the check in attest.dcap may be for nothing"

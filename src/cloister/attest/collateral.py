@@ -50,6 +50,8 @@ class Statements:
     collateral: Collateral
     signers: tuple[tuple[x509.Certificate, ...], tuple[x509.Certificate, ...]]
     """The chains behind the patch levels and behind the quoting enclave's identity."""
+    list_signers: tuple[x509.Certificate, ...]
+    """The chain behind the platform revocation list."""
     root_crl: x509.CertificateRevocationList
     pck_crl: x509.CertificateRevocationList
     windows: tuple[tuple[str, datetime, datetime], ...]
@@ -98,6 +100,7 @@ def read(document: bytes) -> Statements:
             tuple(load_pem_chain(collateral.tcb_info_issuer_chain.encode())),
             tuple(load_pem_chain(collateral.qe_identity_issuer_chain.encode())),
         ),
+        list_signers=tuple(load_pem_chain(collateral.pck_crl_issuer_chain.encode())),
         root_crl=root_crl,
         pck_crl=pck_crl,
         windows=tuple(windows),
@@ -150,7 +153,7 @@ def _is_platform(certificate: x509.Certificate) -> bool:
 def _revocations(text: str) -> x509.CertificateRevocationList:
     try:
         crl = x509.load_der_x509_crl(bytes.fromhex(text))
-        _ = crl.next_update_utc, crl.last_update_utc, crl.extensions
+        _ = crl.next_update_utc, crl.last_update_utc, crl.extensions, crl.issuer
     except UNREADABLE as error:
         raise EvidenceError("A revocation list of the collateral cannot be read.") from error
     return crl

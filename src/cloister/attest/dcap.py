@@ -5,7 +5,8 @@ Covers: root, chain, revocation, who signed the collateral and until when it hol
 Does not cover: what the enclave is (`attest.sgx`, `attest.tdx`, `attest.sim`).
 
 Guarantees: `dcap_qvl` is never believed alone. It returns `OutOfDate` as a success, takes statements signed by any leaf
-under the root, and ignores bytes behind a quote; each of the three is refused here before or after its call.
+under the root, and ignores bytes behind a quote; each of the three is refused here before or after its call. It ends the
+whole process on a chain whose names do not fit together: it gets no chain that was not found good here first.
 Assumes: the caller's clock. Collateral that is valid but old is accepted unless the policy sets `min_evaluation`.
 """
 
@@ -87,7 +88,11 @@ def examine(
     )
     findings.least(Check.COLLATERAL_VERSION, "the TCB evaluation number", statements.evaluation, tcb.min_evaluation)
 
-    report = _library(evidence, statements, now, findings)
+    report = None
+    if trouble := _unissued(chain, statements) or _mixed(chain, statements):
+        findings.failure(Check.SIGNATURE, f"not tried: {trouble}")
+    else:
+        report = _library(evidence, statements, now, findings)
     if report is None:
         for check in (Check.TCB, Check.ADVISORIES, Check.PLATFORM):
             findings.skipped(check, "unknown, for the signatures are not good")
@@ -97,7 +102,12 @@ def examine(
 
 
 def _unissued(chain: list[x509.Certificate], statements: statements_of.Statements) -> str:
-    return not_issued(chain) or not_issued(statements.signers[0]) or not_issued(statements.signers[1])
+    return next(filter(None, map(not_issued, (chain, *statements.signers, statements.list_signers))), "")
+
+
+def _mixed(chain: list[x509.Certificate], statements: statements_of.Statements) -> str:
+    ends = {fingerprint(found[-1]) for found in (chain, *statements.signers, statements.list_signers)}
+    return "the chains end at different roots" if len(ends) > 1 else ""
 
 
 def _library(
