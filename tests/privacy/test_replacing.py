@@ -17,7 +17,7 @@ from cloister.errors import BudgetError, PrivacyError
 from cloister.privacy import numbers
 from cloister.privacy.detector import Dictionary, Mode, standard
 from cloister.privacy.formats import pseudonym
-from cloister.privacy.labels import Format, Numeral
+from cloister.privacy.labels import Finding, Format, Numeral
 from cloister.privacy.ledger import Ledger
 from cloister.privacy.mechanism import Kind, Replacement, Span
 from cloister.privacy.memo import Memo
@@ -323,3 +323,30 @@ def test_all_content_replaces_every_word(tmp_path: Path) -> None:
         r"The \w+ was \w+, and \w+( \w+)? \w+ \d\d \w+\.",
         safe.sanitise(["The movie was good, and Anna spent 42 quuxes."]).texts[0],
     )
+
+
+def test_a_text_that_was_seen_before_is_not_searched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting:
+        name = "counting"
+
+        def __init__(self) -> None:
+            self.texts: list[str] = []
+
+        def find(self, text: str) -> list[Finding]:
+            self.texts.append(text)
+            return []
+
+    counting = Counting()
+    safe = sanitiser(tmp_path, models=[counting])
+    turns = ["Anna asked.", "Peter has asthma.", "Anna and Peter in Paris."]
+    for last in range(1, 4):  # a chat sends its earlier turns again
+        safe.sanitise(turns[:last])
+    assert counting.texts == turns
+    assert safe.sanitise(turns).texts == safe.sanitise(turns).texts
+    assert counting.texts == turns
+    assert not any(b"Anna" in key for key in safe._seen)
+    monkeypatch.setattr("cloister.privacy.sanitiser.SEEN_TEXTS", 2)
+    safe = sanitiser(tmp_path / "other", models=[counting])
+    for turn in [*turns, turns[0]]:
+        safe.sanitise([turn])
+    assert counting.texts == [*turns, *turns, turns[0]]  # pushed out by the others: what is remembered is bounded

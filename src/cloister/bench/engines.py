@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,25 @@ START_SECONDS = 300.0
 CONTEXT = 512
 
 
+@dataclass(frozen=True)
+class Subject:
+    """An engine that runs, and the folder of the model that it serves."""
+
+    name: str
+    engine: str
+    model: Path
+    candidates: Path
+    detectors: str = "rules,presidio"
+
+
 @contextmanager
-def gateway(engine: str, model: Path, candidates: Path, ledger: Path, transport: str, budget: float) -> Iterator[str]:
+def gateway(subject: Subject, ledger: Path, transport: str, budget: float) -> Iterator[str]:
     """Starts `cloister gateway` before an engine; yields its address."""
     port = _free_port()
     command = [
-        sys.executable, "-m", "cloister", "gateway", "--engine", engine, "--model", str(model), "--port", str(port),
-        "--candidates", str(candidates), "--ledger", str(ledger), "--transport", transport, "--budget", str(budget), "--quiet",
+        sys.executable, "-m", "cloister", "gateway", "--engine", subject.engine, "--model", str(subject.model),
+        "--candidates", str(subject.candidates), "--detectors", subject.detectors, "--ledger", str(ledger),
+        "--transport", transport, "--budget", str(budget), "--port", str(port), "--quiet",
     ]  # fmt: skip
     with _running(command, port, {}) as url:
         yield url
@@ -64,7 +77,20 @@ def write_random_llama(folder: Path, like: Path, hidden: int, layers: int) -> fl
 
 def build_candidates(model: Path, path: Path) -> None:
     """Builds a candidate file, with small classes so that it takes seconds."""
-    command = ["candidates", "build", str(model), "--members", "32", "--epsilon", "2", "--out", str(path), "--quiet"]
+    command = [
+        "candidates",
+        "build",
+        str(model),
+        "--members",
+        "32",
+        "--epsilon",
+        "2",
+        "--mechanism",
+        "channel",
+        "--out",
+        str(path),
+        "--quiet",
+    ]
     subprocess.run([sys.executable, "-m", "cloister", *command], check=True)
 
 

@@ -20,23 +20,13 @@ from typing import Any
 from rich.console import Console
 
 from cloister.bench import prompts
-from cloister.bench.engines import gateway
+from cloister.bench.engines import Subject, gateway
 from cloister.bench.record import Record
 from cloister.errors import EngineProtocolError
 
 TRANSPORTS = ("embeds", "tokens")
 WARM_UP = 3
 BUDGET = 1e6
-
-
-@dataclass(frozen=True)
-class Subject:
-    """An engine that runs, and the folder of the model that it serves."""
-
-    name: str
-    engine: str
-    model: Path
-    candidates: Path
 
 
 @dataclass(frozen=True)
@@ -56,7 +46,7 @@ def measure(subject: Subject, requests: int, lengths: Sequence[int], console: Co
     with tempfile.TemporaryDirectory() as folder:
         for transport in TRANSPORTS:
             ledger = Path(folder) / f"{transport}.db"
-            with gateway(subject.engine, subject.model, subject.candidates, ledger, transport, BUDGET) as url:
+            with gateway(subject, ledger, transport, BUDGET) as url:
                 for tokens in lengths:
                     console.print(f"{subject.name}, {transport}, {tokens} tokens: {requests} requests each way")
                     direct, through = asyncio.run(_measure(subject, url, requests, tokens))
@@ -89,13 +79,18 @@ async def _measure(subject: Subject, url: str, requests: int, tokens: int) -> tu
         for number, sanitised in enumerate(islice(_sanitised(subject), WARM_UP + requests)):
             pairs = ((0, direct, sanitised), (1, through, next(texts)))
             for which, client, text in pairs if number % 2 else reversed(pairs):
-                timed = await _one(client, name, text, tokens)
+                timed = await one_request(client, name, text, tokens)
                 if number >= WARM_UP:
                     times[which].append(timed)
     return times
 
 
-async def _one(client: Any, model: str, text: str, tokens: int) -> _Timed:
+async def one_request(client: Any, model: str, text: str, tokens: int) -> _Timed:
+    """Asks for a chat's answer of exactly `tokens` tokens, and times it.
+
+    Raises:
+        EngineProtocolError: the answer has another length.
+    """
     body = {
         "model": model,
         "messages": [{"role": "user", "content": text}],

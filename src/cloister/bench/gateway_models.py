@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from cloister.assets import demo_model
-from cloister.bench.engines import build_candidates, vllm, write_random_llama
-from cloister.bench.gateway import Subject, measure
+from cloister.bench.engines import Subject, build_candidates, vllm, write_random_llama
+from cloister.bench.gateway import measure
 
 HIDDEN, LAYERS = 1024, 14
 """Shape of the larger model: 169 million random weights."""

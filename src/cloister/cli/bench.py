@@ -252,8 +252,8 @@ def gateway(
 
     [bold]cloister bench gateway --vllm .venv-vllm/bin/vllm[/bold]
     """
-    from cloister.bench.gateway import Subject, record
-    from cloister.bench.gateway import measure as measured
+    from cloister.bench.engines import Subject
+    from cloister.bench.gateway import measure, record
     from cloister.bench.gateway_models import measure_models
     from cloister.errors import SettingsError
 
@@ -261,7 +261,7 @@ def gateway(
     if vllm is not None:
         rows = measure_models(vllm, requests, tokens, smoke, stderr())
     elif engine and model is not None and candidates is not None:
-        rows = measured(Subject(model.name, engine, model, candidates), requests, tokens, stderr())
+        rows = measure(Subject(model.name, engine, model, candidates), requests, tokens, stderr())
     else:
         raise SettingsError(
             "There is no engine to measure.", remedy="Give --vllm, or --engine, --model and --candidates."

@@ -1,0 +1,177 @@
+"""Looking only where an expression can match finds what looking everywhere finds."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cloister.privacy import patterns
+from cloister.privacy.labels import Finding, Format, Numeral, settle
+from cloister.privacy.mechanism import Kind
+from cloister.privacy.models import LEAST_SCORE, RECOGNISERS, Presidio
+from cloister.privacy.patterns import Patterns, iban_is_valid, luhn_is_valid
+from cloister.privacy.prefilter import NOTHING, Digits, Needs, matches, needs_of
+
+ALPHABET = st.text(
+    st.sampled_from([*"0123456789" * 3, *"+-. ()/:,@_'’\n", *"ABCDEFXabcdefx", *"٣４ſİıKé"]), max_size=60
+)
+PIECES = st.lists(
+    st.one_of(
+        ALPHABET,
+        st.sampled_from(
+            ["January", "May 3", " 3 March 2020", "password is ", "PİN: ", "paſſword=", "token:", "sk-", "ghp_", "https://",
+             "WWW.", "1/1/20", "12.5.2020", "2020-01-02", "AKIA", "a" * 9, "deadbeef", "::", "10.0.0.1", "fe80::1%eth0",
+             "+49 30 1234567",
+             "4111 1111 1111 1111", "DE89 3704 0044 0532 0130 00", "219-09-9999", "RSSMRA85T10A562S", "AB123456C", "ABCPL1234F",
+             "00:1b:44:11:3a:b7", "1A1zP1eP5QGefi2DMPTfTL5SLmv7DivfNa", " ext. 55", "(212) 555-0123",
+             "123e4567-e89b-12d3-a456-426614174000"]
+        ),
+    ),
+    max_size=8,
+).map("".join)  # fmt: skip
+
+
+def everywhere(text: str, all_numbers: bool) -> Iterator[Finding]:
+    """The slow, obvious twin of `Patterns`: every expression over the whole text."""
+
+    def every(pattern: re.Pattern[str], label: Format | Numeral) -> Iterator[Finding]:
+        return (Finding(match.start(), match.end(), label) for match in pattern.finditer(text))
+
+    for match in patterns.PASSWORD.finditer(text):
+        yield Finding(match.start(1), match.start(1) + len(match.group(1).rstrip(".!?)")), Format.KEY)
+    for match in patterns.KEY.finditer(text):
+        yield Finding(match.start(), match.start() + len(match.group().rstrip(".=,;")), Format.KEY)
+    yield from every(patterns.EMAIL, Format.EMAIL)
+    for match in patterns.URL.finditer(text):
+        yield Finding(match.start(), match.start() + len(match.group().rstrip(".,;:!?)]}")), Format.URL)
+    yield from (f for f in every(patterns.IBAN, Format.IBAN) if iban_is_valid(text[f.start : f.stop]))
+    yield from (f for f in every(patterns.CARD, Format.CARD) if luhn_is_valid(text[f.start : f.stop]))
+    yield from every(patterns.UUID, Format.IDENTIFIER)
+    yield from every(patterns.SSN, Format.IDENTIFIER)
+    yield from every(patterns.ADDRESS, Format.ADDRESS)
+    dates = list(every(patterns.DATE, Numeral.DATE))
+    for found in every(patterns.PHONE, Format.PHONE):
+        count = sum(letter.isdigit() for letter in text[found.start : found.stop])
+        if 7 <= count <= 15 and not any(found.start <= d.start and d.stop <= found.stop for d in dates):
+            yield found
+    yield from (f for f in every(patterns.MIXED, Format.IDENTIFIER) if patterns._is_code(text[f.start : f.stop]))
+    yield from every(patterns.DIGITS, Format.IDENTIFIER)
+    yield from dates
+    for found in every(patterns.NUMBER, Numeral.NUMBER):
+        after = text[found.stop : found.stop + 1]
+        if (after.isalpha() or after == "_") and all_numbers:
+            continue
+        if all_numbers or found.stop - found.start > 1 or patterns._is_amount(text, found):
+            yield found
+
+
+@settings(max_examples=400)
+@given(PIECES, st.booleans())
+def test_patterns_find_what_they_find_everywhere(text: str, all_numbers: bool) -> None:
+    assert Patterns(all_numbers).find(text) == list(everywhere(text, all_numbers))
+
+
+@pytest.fixture(scope="module")
+def whole() -> Callable[[str], list[Finding]]:
+    """The slow, obvious twin of `Presidio`: every recogniser as it comes, over the whole text."""
+    known = pytest.importorskip("presidio_analyzer.predefined_recognizers", reason="presidio-analyzer is not installed")
+    recognisers = [(getattr(known, name)(), label) for name, label in RECOGNISERS.items() if hasattr(known, name)]
+
+    def find(text: str) -> list[Finding]:
+        return [
+            Finding(result.start, result.end, label)
+            for recogniser, label in recognisers
+            for result in recogniser.analyze(text, recogniser.supported_entities, None) or ()
+            if result.score >= LEAST_SCORE
+        ]
+
+    return find
+
+
+@pytest.fixture(scope="module")
+def presidio() -> Presidio:
+    pytest.importorskip("presidio_analyzer", reason="presidio-analyzer is not installed")
+    return Presidio()
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=PIECES)
+def test_presidio_finds_what_it_finds_everywhere(
+    text: str, presidio: Presidio, whole: Callable[[str], list[Finding]]
+) -> None:
+    assert settle(presidio.find(text)) == settle(whole(text))
+
+
+def test_real_texts_have_the_same_findings(
+    presidio: Presidio, whole: Callable[[str], list[Finding]], shared_assets: Path
+) -> None:
+    data = shared_assets / "data"
+    texts = [
+        row["full_text"] for row in json.loads((data / "pii-presidio" / "synth_dataset_v2.json").read_text())[:200]
+    ]
+    for name in ("agnews/test.csv", "wikitext2/wiki.test.tokens", "sst2/test.tsv"):
+        texts += (data / name).read_text(encoding="utf-8").splitlines()[:200]
+    for text in texts:
+        assert settle(presidio.find(text)) == settle(whole(text)), text
+        assert Patterns().find(text) == list(everywhere(text, False)), text
+
+
+def test_what_is_said_of_our_own_expressions_is_what_they_say() -> None:
+    for name in ("IBAN", "CARD", "SSN", "DIGITS", "NUMBER"):
+        declared, derived = getattr(patterns, f"_{name}"), needs_of(getattr(patterns, name).pattern)
+        assert declared.digits <= derived.digits
+        assert declared.longest >= derived.longest, name
+
+
+@pytest.mark.parametrize(
+    ("expression", "needs"),
+    [
+        (r"\b\d{3}-\d{2}\b", Needs(digits=5, longest=6)),
+        (r"(?:[0-9a-f]{1,4}:){7}[0-9a-f]{1,4}", Needs(colons=7, longest=39)),
+        (r"a\d|\d\d\d|7", Needs(digits=1, longest=3)),
+        (r"[A-Z]{6}\d{4}", Needs(digits=4, run=10, longest=10)),
+        (r"\d+", Needs(digits=1)),
+        (r"(?=.*\d{40})\d", Needs(digits=1)),  # it looks too far: no length is said
+        (r"x(?!\d)", Needs(longest=1)),
+        (r"(\d)x\1", Needs(digits=1)),
+        (r"^\d{9}", NOTHING),  # anchors are not understood
+        (r"[^a]{3}", Needs(longest=3)),
+        (r"(unclosed", NOTHING),
+    ],
+)
+def test_needs_are_read_off_an_expression(expression: str, needs: Needs) -> None:
+    assert needs_of(expression) == needs
+
+
+@settings(max_examples=300)
+@given(
+    st.text(st.sampled_from([*"0123456789" * 2, *"ab-: "]), max_size=200),
+    st.sampled_from(
+        [r"\b\d{3}-\d\b", r"\d(?:[ -]?\d){3}(?!\d)", r"(?<![a-b])a\d{2,4}b", r"[ab]{0,3}\d[ab0-9]{9}", r"(?:\d:){2}\d"]
+    ),
+)
+def test_stretches_hold_every_match(text: str, expression: str) -> None:
+    pattern = re.compile(expression)
+    padded = f"{text}{'.' * 80}{text[::-1]}"
+    found = [match.span() for match in matches(pattern, needs_of(expression), Digits(padded))]
+    assert found == [match.span() for match in pattern.finditer(padded)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 6), st.sampled_from([Kind.WORD, Format.URL])), max_size=6))
+def test_findings_apart_are_settled_as_those_that_overlap(raw: list[tuple[int, int, Kind | Format]]) -> None:
+    findings = [Finding(start, start + length, label) for start, length, label in raw]
+    owners: dict[int, int] = {}
+    for number, finding in enumerate(findings):
+        for place in range(finding.start, finding.stop):
+            owners.setdefault(place, number)
+    expected: list[tuple[int, int, int]] = []
+    for place in sorted(owners):
+        if expected and expected[-1][1] == place and expected[-1][2] == owners[place]:
+            expected[-1] = (expected[-1][0], place + 1, owners[place])
+        else:
+            expected.append((place, place + 1, owners[place]))
+    assert settle(findings) == [Finding(a, b, findings[owner].label) for a, b, owner in expected]
