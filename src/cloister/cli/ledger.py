@@ -47,7 +47,9 @@ def ledger(
 
 def _sessions(reports: list["SessionReport"]) -> Table:
     table = Table(
-        title="Sessions", caption="ε of a session is the least of basic, zCDP and PLD; the last two at δ = 1e-6."
+        title="Sessions",
+        caption="ε of a session is the least of basic, zCDP and PLD; the last two at δ = 1e-6. Reserved (a sum of ε): not "
+        "in them, may have been spent since, and stays if a gateway was killed.",
     )
     for name in (
         "session",
@@ -59,6 +61,7 @@ def _sessions(reports: list["SessionReport"]) -> Table:
         "basic",
         "zCDP",
         "PLD",
+        "reserved",
         "budget",
         "left",
     ):
@@ -73,6 +76,7 @@ def _sessions(reports: list["SessionReport"]) -> Table:
                 f"[bold]{value:.4g}[/bold]" if bound == spent.bound else f"{value:.4g}"
                 for bound, value in (("basic", spent.basic), ("zCDP", spent.zcdp), ("PLD", spent.pld))
             ),
+            f"{report.reserved.epsilon:.4g}",
             f"{report.budget:g} ({report.rule})",
             f"{max(0.0, 1 - report.used / report.most):.0%}",
         )
@@ -109,6 +113,8 @@ def _meaning(report: "SessionReport") -> list[str]:
 def _record(book: "Ledger", report: "SessionReport", last: int) -> dict[str, Any]:
     record = dataclasses.asdict(report)
     record["spent"] |= {"epsilon": report.spent.epsilon, "bound": report.spent.bound}
+    most = report.at_most
+    record["at_most"] = dataclasses.asdict(most) | {"epsilon": most.epsilon, "bound": most.bound}
     record["meaning"] = _meaning(report)
     if last:
         record["last"] = [dataclasses.asdict(prompt) for prompt in book.prompts(report.name, last)]

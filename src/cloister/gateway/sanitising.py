@@ -88,6 +88,7 @@ class PromptGuard:
         """See `Guard`."""
         if session not in self._reports.sessions():
             return None
+        self._parts.ledger.write_down(session)
         report = self._reports.report(session)
         return {
             "policy": report.policy,
@@ -102,6 +103,7 @@ class PromptGuard:
                 "pld": report.spent.pld,
                 "delta": report.delta,
             },
+            "reserved": {"epsilon": report.reserved.epsilon, "rho": report.reserved.rho},
             "prompts": report.prompts,
             "spans": report.spans,
             "repeated": report.repeated,

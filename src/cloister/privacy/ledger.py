@@ -287,7 +287,7 @@ class Ledger:
             LedgerError: there is no such session.
         """
         with self._file:
-            self._write_down(session)
+            self.write_down(session)
             with explained(self.path), transaction(self._db, "DEFERRED"):
                 row = self._db.execute(
                     "SELECT name, budget, delta, rule, most, policy, opened, first, gap, curve FROM sessions WHERE name = ?",
@@ -315,7 +315,7 @@ class Ledger:
     def prompts(self, session: str, last: int = 20) -> list[PromptReport]:
         """Returns the last prompts of a session, oldest first."""
         with self._file, explained(self.path):
-            self._write_down(session)
+            self.write_down(session)
             rows = self._db.execute(
                 "SELECT id, at, spans, repeated, pseudonyms FROM prompts WHERE session = ? ORDER BY id DESC LIMIT ?",
                 (session, last),
@@ -395,9 +395,15 @@ class Ledger:
             raise refused
         return prompt, used
 
-    def _write_down(self, name: str) -> None:
-        if name in self._sessions and not self._closed:
-            self._settle(name, "keep")
+    def write_down(self, session: str) -> None:
+        """Writes down what this process has charged to a session, so that another reader of the file sees it.
+
+        Raises:
+            LedgerError: it cannot be written.
+        """
+        with self._file:
+            if session in self._sessions and not self._closed:
+                self._settle(session, "keep")
 
     def _settle(self, name: str, then: Literal["keep", "more", "none"]) -> None:
         """Writes down what is outstanding; then keeps the reservation, makes it larger where it runs low, or gives it back."""
