@@ -273,19 +273,30 @@ def sanitising() -> str:
         "attack %": "the best attack, %, by one who knows the words' frequencies in this text",
     }
     parts += [_by_epsilon(record["rows"], tasks[0], key, title) for key, title in titles.items()]
-    for task in tasks[1:]:
-        for key in ("accuracy", "trained sanitised"):
-            trained = "clean" if key == "accuracy" else "sanitised"
-            parts.append(_by_epsilon(record["rows"], task, key, f"{task}: accuracy, %, trained on {trained} text"))
-    leads = [
-        {"task": task, "points (95 %)": key.split(": ", 1)[1], "": value}
-        for task in tasks
-        for key, value in facts.items()
-        if key.startswith(f"{task}: ")
+    parts += [
+        _by_epsilon(
+            record["rows"], task, "trained sanitised", f"{task}: accuracy, %, classifier trained on sanitised text"
+        )
+        for task in tasks[1:]
     ]
-    return "\n\n".join(
-        [*parts, "Leads in points, at each ε or at each of the other's rates within ours:", _table(leads, 3)]
-    )
+    epsilons = [f"ε = {epsilon:g}" for epsilon in record["settings"]["epsilons"]]
+    equal: list[dict[str, object]] = []
+    others: list[dict[str, object]] = []
+    for key, value in facts.items():
+        task, _, name = key.partition(": ")
+        if ", equal ε, " in name:
+            equal.append(
+                {
+                    "task": task,
+                    "equal ε": name.replace(", equal ε", ""),
+                    **dict(zip(epsilons, value.split(", "), strict=True)),
+                }
+            )
+        elif ", equal attack" in name and task == tasks[0]:
+            others.append({"equal attack": name.replace(", equal attack", ""), "points, at what rate": value})
+    parts += ["Leads in points, with 95 % confidence intervals over paired seeds:", _table(equal, 2)]
+    parts.append("The same at the success of the best attack that the other has, where it lies between ours:")
+    return "\n\n".join([*parts, _table(others, 2)])
 
 
 def _by_epsilon(rows: list[dict[str, Any]], task: str, key: str, title: str) -> str:
