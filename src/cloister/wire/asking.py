@@ -172,9 +172,14 @@ class Asker:
     @property
     def is_open(self) -> bool:
         """Whether the other end has been there so far; looks without asking."""
-        if self._open and not self._turn.locked():
-            readable, _, _ = select.select([self._socket], [], [], 0)
-            self._open = not readable  # between questions only an end can be read
+        if self._open and self._turn.acquire(blocking=False):
+            try:
+                readable, _, _ = select.select([self._socket], [], [], 0)
+                self._open = not readable  # between questions only an end can be read
+            except (OSError, ValueError):  # closed meanwhile
+                self._open = False
+            finally:
+                self._turn.release()
         return self._open
 
     @staticmethod
