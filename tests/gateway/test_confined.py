@@ -25,6 +25,7 @@ from cloister.assets import demo_model
 from cloister.attest.document import Attestation
 from cloister.attest.sim import Installation
 from cloister.errors import (
+    AttesterError,
     BrokerError,
     BudgetError,
     CandidatesError,
@@ -441,3 +442,16 @@ def test_the_recipe_of_the_documentation(owner: Path, candidates: Path, tmp_path
             gateway.terminate()
             gateway.stderr.read()
     assert leaked(engine) == []
+
+
+def test_where_no_keys_of_a_stand_in_can_be_kept_it_sanitises_and_shows_nothing(
+    asked: Asked, sealed: Sealed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "file"))
+    with SanitisingEnclave(asked.opening()) as enclave:
+        assert "prompt_embeds" in enclave.guard.protect("default", ASKED).prompt
+        with pytest.raises(AttesterError, match="no keys"):
+            enclave.guard.attestation(b"n" * 32)
+    with pytest.raises(CloisterError):
+        SanitisingEnclave(asked.opening(model=str(sealed.folder), candidates=""))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from cloister.attest.sim import Installation
-from cloister.errors import BrokerError
+from cloister.errors import AttesterError, BrokerError
 from cloister.seal.broker import Broker
 from cloister.seal.broker_server import serve_connection
 from cloister.seal.client import connect
@@ -36,6 +36,20 @@ def stand_in_file() -> Path:
     path = owner_folder() / STAND_IN
     Installation.open(path, datetime.now(UTC))
     return path
+
+
+def stand_in_files(*, needed: bool) -> list[Path]:
+    """Returns `stand_in_file`, or nothing where it cannot be kept and no more than receipts or evidence depends on it.
+
+    Raises:
+        AttesterError: it cannot be kept, and is needed.
+    """
+    try:
+        return [stand_in_file()]
+    except AttesterError:
+        if needed:
+            raise
+        return []
 
 
 class BrokerLink:

@@ -19,9 +19,9 @@ import msgspec
 
 from cloister import errors
 from cloister.attest.receipt import Receipt
-from cloister.errors import AttesterError, CloisterError, EnclaveLostError, RequestError
+from cloister.errors import CloisterError, EnclaveLostError, RequestError
 from cloister.isolation.bubblewrap import start
-from cloister.local.broker_link import BrokerLink, stand_in_file
+from cloister.local.broker_link import BrokerLink, stand_in_files
 from cloister.local.receipts import LocalReceipts, Record
 from cloister.local.sandbox import enclave_command, enclave_confinement
 from cloister.local.workers import WorkerStarter
@@ -138,7 +138,7 @@ class LLM:
         settings = settings or Settings()
         model, named = _resolved(directory), {name: _resolved(path) for name, path in (adapters or {}).items()}
         sealed = is_package(Path(model))
-        stand_in = _stand_in(needed=sealed or connections is not None)
+        stand_in = stand_in_files(needed=sealed or connections is not None)
         confinement = enclave_confinement([*(Path(path) for path in (model, *named.values())), *stand_in], settings)
         link = BrokerLink(settings.seal.broker) if sealed else None
         self._listener = listener
@@ -354,16 +354,6 @@ def chat_request(messages: Sequence[Mapping[str, str]], adapter: str, sampling: 
 def prompt_request(prompt: str, adapter: str, sampling: dict[str, object]) -> Generate:
     """Returns the request for a continuation; raises `RequestError` if it is invalid."""
     return Generate(_sampling(sampling), prompt=prompt, adapter=adapter)
-
-
-def _stand_in(*, needed: bool) -> list[Path]:
-    """Returns the file of the stand-in's keys, or nothing where it cannot be kept and no more than receipts depends on it."""
-    try:
-        return [stand_in_file()]
-    except AttesterError:
-        if needed:
-            raise
-        return []
 
 
 def _resolved(path: str | os.PathLike[str]) -> str:

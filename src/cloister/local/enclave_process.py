@@ -29,7 +29,7 @@ from cloister.enclave.prepare import prepare
 from cloister.enclave.receipts import CheckCounter, SessionReceipts
 from cloister.enclave.serving import SealedService
 from cloister.enclave.session import Session, failure, report
-from cloister.errors import AcceleratorError, AttesterError, CloisterError, WireError
+from cloister.errors import AcceleratorError, CloisterError, WireError
 from cloister.isolation.launch import applied
 from cloister.isolation.secret_memory import keys_at_rest
 from cloister.local.accelerators import open_accelerators
@@ -85,7 +85,7 @@ class EnclaveProcess:
         """`attester`, given the measurement of this program, returns what proves that it runs here."""
         self._session = session
         self._serving = serving
-        self._attester = attester or _no_attester
+        self._attester = attester or stand_in(None)
         self._refused = 0
         self._owner = owner
         self._start = start
@@ -227,13 +227,6 @@ def _inherited(number: str) -> socket.socket:
     return socket.socket(fileno=int(number))
 
 
-def _no_attester(_measurement: bytes) -> Attester:
-    raise AttesterError(
-        "This enclave has no keys to prove anything with.",
-        remedy="Let ~/.local/share/cloister be writable, or set XDG_DATA_HOME to a folder that is.",
-    )
-
-
 def main() -> int:
     """Runs the enclave process on inherited sockets, and returns the exit code.
 
@@ -246,7 +239,7 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=_inherited)
     parser.add_argument("--stand-in", type=Path)
     given = parser.parse_args()
-    attester = stand_in(given.stand_in) if given.stand_in else _no_attester
+    attester = stand_in(given.stand_in)
     owner = Owner(given.broker, attester) if given.broker else None
     serving = Serving(lambda made: made.take(given.connections)) if given.connections else None
     with given.session as sock, given.launcher as launcher:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cloister.attest.evidence import Attester
 from cloister.attest.sim import Installation, SimAttester
+from cloister.errors import AttesterError
 
 Prove = Callable[[bytes], Attester]
 """Given the measurement of this program, returns what proves that it runs here."""
@@ -22,6 +23,15 @@ class Owner:
     attester: Prove
 
 
-def stand_in(file: Path) -> Prove:
-    """Returns what makes the stand-in of an installation out of a measurement."""
+def stand_in(file: Path | None) -> Prove:
+    """Returns what makes the stand-in of an installation out of a measurement; without a file of its keys, what refuses to."""
+    if file is None:
+        return _no_attester
     return lambda measurement: SimAttester(Installation.open(file, datetime.now(UTC)), measurement)
+
+
+def _no_attester(_measurement: bytes) -> Attester:
+    raise AttesterError(
+        "This enclave has no keys to prove anything with.",
+        remedy="Let ~/.local/share/cloister be writable, or set XDG_DATA_HOME to a folder that is.",
+    )

@@ -17,7 +17,7 @@ from typing import IO, Final
 from cloister.errors import EnclaveLostError, LedgerError
 from cloister.gateway.confined import ConfinedGuard
 from cloister.isolation import bubblewrap
-from cloister.local.broker_link import BrokerLink, stand_in_file
+from cloister.local.broker_link import BrokerLink, stand_in_files
 from cloister.local.sandbox import sanitising_command, sanitising_confinement
 from cloister.seal.package import is_package
 from cloister.wire.asking import Asker
@@ -42,9 +42,7 @@ class SanitisingEnclave:
         link = BrokerLink(broker) if is_package(Path(asked.model)) else None
         with closing(link) if link is not None else nullcontext():
             with ExitStack() as failed:
-                self._scratch = tempfile.TemporaryDirectory(
-                    prefix="cloister-"
-                )  # libraries look for a place of the kind
+                self._scratch = tempfile.TemporaryDirectory(prefix="cloister-")  # libraries look for such a place
                 failed.callback(self._scratch.cleanup)
                 self._log: IO[bytes] = failed.enter_context(tempfile.TemporaryFile())
                 ways = [failed.enter_context(closing(end)) for end in self._start(asked, link)]
@@ -58,9 +56,10 @@ class SanitisingEnclave:
 
     def _start(self, asked: OpenGateway | OpenSplit, link: BrokerLink | None) -> list[socket.socket]:
         """Starts the process and returns our ends of the ways to it."""
-        ledger, scratch, stand_in = Path(asked.ledger), Path(self._scratch.name), stand_in_file()
+        ledger, scratch = Path(asked.ledger), Path(self._scratch.name)
         _make_folder(ledger)
-        files = [stand_in, *(Path(name) for name in _files(asked) if name)]
+        stand_in = stand_in_files(needed=link is not None)
+        files = [*stand_in, *(Path(name) for name in _files(asked) if name)]
         confinement = sanitising_confinement(Path(asked.model), files, [ledger.parent, scratch])
         environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         environment["TMPDIR"] = str(scratch)
@@ -69,9 +68,10 @@ class SanitisingEnclave:
         if link is not None:
             handed["broker"] = link.theirs.fileno()
         arguments = [f"--{name}={number}" for name, number in handed.items()]
+        arguments += [f"--stand-in={path}" for path in stand_in]
         try:
             self._process = bubblewrap.start(
-                sanitising_command(confinement, environment, *arguments, f"--stand-in={stand_in}"),
+                sanitising_command(confinement, environment, *arguments),
                 pass_fds=tuple(handed.values()),
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
