@@ -143,9 +143,8 @@ class LLM:
         link = BrokerLink(settings.seal.broker) if sealed else None
         self._listener = listener
         self._generating = self._closed = False
-        self._log: IO[bytes] = os.fdopen(
-            os.memfd_create("cloister-enclave-log"), "w+b"
-        )  # in memory: it may quote anything
+        log = os.fdopen(os.memfd_create("cloister-enclave-log"), "w+b")  # in memory: it may quote anything
+        self._log: IO[bytes] = log
         environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         ours, theirs = socket.socketpair()
         self._session = SessionSocket(ours)

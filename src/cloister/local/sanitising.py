@@ -44,7 +44,8 @@ class SanitisingEnclave:
             with ExitStack() as failed:
                 self._scratch = tempfile.TemporaryDirectory(prefix="cloister-")  # libraries look for such a place
                 failed.callback(self._scratch.cleanup)
-                self._log: IO[bytes] = failed.enter_context(tempfile.TemporaryFile())
+                log = os.fdopen(os.memfd_create("cloister-enclave-log"), "w+b")  # in memory: it may quote anything
+                self._log: IO[bytes] = failed.enter_context(log)
                 ways = [failed.enter_context(closing(end)) for end in self._start(asked, link)]
                 failed.pop_all()  # from here on, `close` ends all of it
             self.prompts, self.reports = (Asker(way, self._why_lost) for way in ways)

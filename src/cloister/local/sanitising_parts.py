@@ -21,6 +21,7 @@ from cloister.gateway.engine import Transport
 from cloister.gateway.protect import detection_for, sampler_for
 from cloister.gateway.sanitising import PromptGuard, protection
 from cloister.isolation.launch import applied
+from cloister.isolation.secret_memory import keys_at_rest
 from cloister.local.client_part import client_folder
 from cloister.local.owner import Owner, Prove
 from cloister.model.spec import read_spec
@@ -172,4 +173,4 @@ def _words_digest(entries: Mapping[str, Any]) -> str:
 
 def tee() -> str:
     """Returns what runs this process, in words."""
-    return f"{STAND_IN}; {applied() or 'not confined'}"
+    return f"{STAND_IN}; {applied() or 'not confined'}; {keys_at_rest()}"
