@@ -235,3 +235,9 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 def test_secrets_do_not_reach_a_child(manner: str, outcome: int) -> None:
     done = subprocess.run([sys.executable, "-c", FORKED, manner], capture_output=True, text=True, check=True)
     assert int(done.stdout) == outcome
+
+
+@pytest.mark.parametrize(("line", "kind"), [(["/no/such/program"], OSError), (["/bin/true\0"], ValueError)])
+def test_a_command_that_cannot_be_started_is_an_error_and_nobody_waits(line: list[str], kind: type[Exception]) -> None:
+    with pytest.raises(kind):
+        bubblewrap.start(line)

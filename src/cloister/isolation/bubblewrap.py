@@ -63,12 +63,12 @@ def start(line: list[str], **options: Any) -> "subprocess.Popen[bytes]":
 
     bubblewrap ends with the thread that started it, not with its process. So a thread starts it that lives as long.
     """
-    outcome: queue.SimpleQueue[subprocess.Popen[bytes] | OSError] = queue.SimpleQueue()
+    outcome: queue.SimpleQueue[subprocess.Popen[bytes] | Exception] = queue.SimpleQueue()
 
     def live() -> None:
         try:
             process = subprocess.Popen(line, **options)
-        except OSError as error:
+        except Exception as error:  # whatever it is, the caller waits for it
             outcome.put(error)
             return
         outcome.put(process)
@@ -77,7 +77,7 @@ def start(line: list[str], **options: Any) -> "subprocess.Popen[bytes]":
 
     threading.Thread(target=live, daemon=True).start()
     made = outcome.get()
-    if isinstance(made, OSError):
+    if isinstance(made, Exception):
         raise made
     return made
 

@@ -117,7 +117,7 @@ class KeyPair:
 
     @contextmanager
     def _loaded(self) -> Iterator[tuple[mlkem.MLKEM768PrivateKey | None, x25519.X25519PrivateKey]]:
-        """Yields the library's form of the keys; it overwrites its memory when they go, at the latest when the block ends."""
+        """Yields the keys as the library has them, which overwrites its memory when they go: keep none beyond the block."""
         with ExitStack() as seeds:
             lattice = None
             if self._lattice is not None:
