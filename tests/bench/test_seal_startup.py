@@ -27,6 +27,5 @@ def test_an_empty_process_is_confined_as_asked() -> None:
         assert startup.empty_process(1, [Confinement(inside=True).encode()], program) > 0
 
 
-def test_the_first_token_is_timed_either_way() -> None:
-    for wrap in (False, True):
-        assert startup.seconds_to_first_token(wrap=wrap) > 0
+def test_the_first_token_is_timed_without_bubblewrap() -> None:
+    assert startup.seconds_to_first_token(wrap=False) > 0
