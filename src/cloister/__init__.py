@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cloister.errors import CloisterError
-    from cloister.local.client import LLM, Reply, load
+    from cloister.local.client import LLM, load
     from cloister.local.remote import connect
+    from cloister.local.reply import Reply
     from cloister.settings import Settings
 
 __version__ = "0.1.0"
@@ -23,7 +24,7 @@ __all__ = ["LLM", "CloisterError", "Reply", "Settings", "__version__", "connect"
 
 _HOMES = {
     "LLM": "cloister.local.client",
-    "Reply": "cloister.local.client",
+    "Reply": "cloister.local.reply",
     "load": "cloister.local.client",
     "connect": "cloister.local.remote",
     "CloisterError": "cloister.errors",

@@ -75,7 +75,8 @@ def examine(
         f"the chain ends at {next(iter(roots)).hex()}",
         f"the chain ends at {' and '.join(sorted(root.hex() for root in roots))}, which is not trusted for this kind",
     )
-    trouble = invalid_at([*chain, *statements.signers[0], *statements.signers[1]], now) or _unissued(chain, statements)
+    unfit = _unissued(chain, statements)
+    trouble = invalid_at([*chain, *statements.signers[0], *statements.signers[1]], now) or unfit
     findings.note(Check.CHAIN, not trouble, f"{len(chain)} certificates, each signed by the next", trouble)
     trouble = statements_of.revoked(statements, chain)
     findings.note(Check.REVOCATION, not trouble, "no certificate is on a revocation list", trouble)
@@ -89,8 +90,8 @@ def examine(
     findings.least(Check.COLLATERAL_VERSION, "the TCB evaluation number", statements.evaluation, tcb.min_evaluation)
 
     report = None
-    if trouble := _unissued(chain, statements) or _mixed(chain, statements):
-        findings.failure(Check.SIGNATURE, f"not tried: {trouble}")
+    if unfit := unfit or _mixed(chain, statements):
+        findings.failure(Check.SIGNATURE, f"not tried: {unfit}")
     else:
         report = _library(evidence, statements, now, findings)
     if report is None:

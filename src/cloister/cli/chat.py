@@ -12,8 +12,9 @@ from cloister.cli.display import Display, human_bytes, stderr, stdout, summary_t
 from cloister.cli.receipts import ReceiptsOption, check_place, keep, keep_numbered
 from cloister.cli.session import cancellable, opened, stream
 from cloister.errors import CloisterError, GenerationError, SettingsError
-from cloister.local.client import LLM, Reply
+from cloister.local.client import LLM
 from cloister.local.remote import RemoteLLM
+from cloister.local.reply import Reply
 
 HELP = (
     "/reset forgets the conversation · /adapter NAME switches (base: none) · /status shows the totals · /receipt FILE keeps "

@@ -13,8 +13,9 @@ from cloister.cli import remote as r
 from cloister.cli.display import Display, stderr, summary_text
 from cloister.cli.session import cancellable, opened, stream
 from cloister.errors import RequestError
-from cloister.local.client import LLM, Reply
+from cloister.local.client import LLM
 from cloister.local.remote import RemoteLLM
+from cloister.local.reply import Reply
 
 
 def generate(

@@ -12,7 +12,7 @@ from cloister.cli.display import stderr
 from cloister.errors import SettingsError
 
 if TYPE_CHECKING:
-    from cloister.local.client import Reply
+    from cloister.local.reply import Reply
 
 ReceiptOption = Annotated[
     Path | None,

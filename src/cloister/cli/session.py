@@ -11,8 +11,9 @@ from rich.text import Text
 from cloister.cli.display import AnswerView, Display, stderr
 from cloister.cli.remote import Elsewhere
 from cloister.errors import SettingsError
-from cloister.local.client import LLM, Reply
+from cloister.local.client import LLM
 from cloister.local.remote import RemoteLLM
+from cloister.local.reply import Reply
 from cloister.settings import Settings
 from cloister.wire.session import Rehearsal
 

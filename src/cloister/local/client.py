@@ -18,11 +18,11 @@ from typing import IO, TypeVar
 import msgspec
 
 from cloister import errors
-from cloister.attest.receipt import Receipt
 from cloister.errors import CloisterError, EnclaveLostError, RequestError
 from cloister.isolation.bubblewrap import start
 from cloister.local.broker_link import BrokerLink, stand_in_files
-from cloister.local.receipts import LocalReceipts, Record
+from cloister.local.receipts import LocalReceipts
+from cloister.local.reply import Record, Reply
 from cloister.local.sandbox import enclave_command, enclave_confinement
 from cloister.local.workers import WorkerStarter
 from cloister.seal.package import is_package
@@ -59,62 +59,6 @@ KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "HOME", "TMPDIR", "NUMBA_CACHE_DIR",
 
 
 Kind = TypeVar("Kind", StatusReport, Sightings, Offered, Signed)
-
-
-class Reply:
-    """An answer being generated: iterate over it for pieces of text; afterwards `finished` holds the figures."""
-
-    def __init__(self, pieces: Iterator[Delta | Finished], record: Record) -> None:
-        self._pieces = pieces
-        self._record = record
-        self.finished: Finished | None = None
-        self.token_ids: list[int] = []
-        self._text: list[str] = []
-
-    def __iter__(self) -> Iterator[str]:
-        for delta in self.deltas():
-            if delta.text:
-                yield delta.text
-
-    def deltas(self) -> Iterator[Delta]:
-        """Yields the pieces with their token ids and log-probabilities."""
-        for piece in self._pieces:
-            if isinstance(piece, Finished):
-                self.finished = piece
-                return
-            self.token_ids.extend(piece.token_ids)
-            self._text.append(piece.text)
-            yield piece
-
-    @property
-    def text(self) -> str:
-        """The whole answer; generates what is still missing."""
-        for _ in self.deltas():
-            pass
-        return "".join(self._text)
-
-    @property
-    def receipt(self) -> Receipt | None:
-        """The receipt, verified; None until the answer was read to its end.
-
-        Of an enclave of this machine it is got when it is first asked for, which needs the model to be open still.
-
-        Raises:
-            ReceiptError: it is not good. AttestationError, AdapterError: this enclave can give none; the error says why.
-        """
-        if self._record.receipt is None and self._record.ask is not None:
-            self._record.receipt = self._record.ask(self._record)
-        return self._record.receipt
-
-    @property
-    def request(self) -> bytes:
-        """The request as it left this program: the receipt holds its SHA-256."""
-        return self._record.request
-
-    @property
-    def response(self) -> bytes:
-        """All pieces of the answer, one after the other: the receipt holds their SHA-256."""
-        return self._record.response
 
 
 class LLM:

@@ -14,9 +14,10 @@ from types import TracebackType
 
 from cloister.attest.document import Attestation
 from cloister.errors import ChannelError, CloisterError
-from cloister.local.client import LLM, Listener, Reply
+from cloister.local.client import LLM, Listener
 from cloister.local.receipts import own_root
 from cloister.local.remote import RemoteLLM
+from cloister.local.reply import Reply
 from cloister.seal.policy import parse_policy, stand_in_policy
 from cloister.settings import Settings
 from cloister.wire.session import Ready

@@ -1,4 +1,4 @@
-"""Receipts from the user's side: what an answer's receipt is about, and how those of an enclave of this machine are got.
+"""Receipts of an enclave of this machine, from the side of the program that started it.
 
 Covers: the hello, the check of the offer, asking for the statement of an answer, verifying the receipt that it makes.
 Guarantees: a receipt that is returned names the bytes of its answer and verifies under this installation's stand-in.
@@ -8,7 +8,6 @@ its measurement is taken when the first receipt is asked for (or when the model 
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import msgspec
@@ -21,23 +20,13 @@ from cloister.attest.session import checker
 from cloister.attest.sim import Installation
 from cloister.errors import ChannelError
 from cloister.local.broker_link import stand_in_file
+from cloister.local.reply import Record
 from cloister.wire.channel import ClientChannel
 from cloister.wire.channel_messages import Offer, Suite
 from cloister.wire.session import AskOffer, AskReceipt, Offered, Signed
 
 OWN = "the enclave was started by this program"
 """Why no model has to be named."""
-
-
-@dataclass
-class Record:
-    """What is known of an answer; apart from the reply, so that a reply that nobody holds any more ends at once."""
-
-    request: bytes
-    response: bytes = b""
-    receipt: Receipt | None = None
-    ask: Callable[["Record"], Receipt] | None = None
-    """Gets the receipt of an answer that came without one."""
 
 
 class LocalReceipts:

@@ -21,9 +21,9 @@ from cloister.attest.receipt import Receipt, SignedStatement, verify_receipt
 from cloister.attest.roots import Roots
 from cloister.attest.session import ask, checker
 from cloister.errors import ChannelError, RequestError, SettingsError
-from cloister.local.client import Reply, chat_request, error_of, prompt_request
+from cloister.local.client import chat_request, error_of, prompt_request
 from cloister.local.confined import parse_address
-from cloister.local.receipts import Record
+from cloister.local.reply import Record, Reply
 from cloister.wire.channel_socket import SealedClient
 from cloister.wire.session import Answered, AskInfo, Cancel, Delta, Failure, Finished, Generate, Ready
 
