@@ -12,7 +12,7 @@ discretisation (Doroshenko et al. 2022), both by `dp-accounting`.
 import itertools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -34,6 +34,9 @@ MAX_CURVE_POINTS: Final = 100_000
 
 GRID: Final = 0.005
 """Step, in nats, of the privacy-loss distribution of a draw without a curve; rounding up keeps it an upper bound."""
+
+ROUNDING: Final = 1e-11
+"""More than the rounding of composed probabilities."""
 
 LARGEST_PLD: Final = 5_000
 """Draws above which no privacy-loss distribution is composed: the other two bounds stand."""
@@ -127,6 +130,39 @@ def zcdp_budget(epsilon: float, delta: float = DELTA) -> float:
     """Returns a ρ such that ρ-zCDP implies (ε, δ)-DP: the inverse of ρ + 2 sqrt(ρ ln(1/δ)) (Bun, Steinke 2016)."""
     root = math.sqrt(math.log(1 / delta))
     return (math.sqrt(root * root + epsilon) - root) ** 2 * (1 - 1e-12)
+
+
+def top(curve: DominatingCurve) -> float:
+    """Returns the ε beyond which nothing is left of a curve: no draw under it costs more."""
+    last = next(i for i in range(len(curve.deltas) - 1, -1, -1) if i == 0 or curve.deltas[i - 1] > 0)
+    return curve.first + last * curve.gap
+
+
+def pld_draws(epsilon: float, curve: DominatingCurve, delta: float = DELTA) -> int:
+    """Returns how many draws that a curve dominates stay within (ε, δ) together, up to `LARGEST_PLD`."""
+    draw = Charge(pure(min(top(curve), MAX_EPSILON)))
+    low, high = 0, LARGEST_PLD
+    while low < high:
+        middle = (low + high + 1) // 2
+        if compose([replace(draw, count=middle)], curve, delta).pld <= epsilon:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def pld_dominates(curve: DominatingCurve, count: int, epsilon: float) -> bool:
+    """Returns whether `count` draws under a curve dominate every ε-private mechanism.
+
+    The worst ε-private mechanism is randomised response (Kairouz et al. 2015): δ(t) = (e^ε - e^t) / (e^ε + 1), a line in
+    e^t. That of the draws is convex, and linear between multiples of the curve's step, so these are all that are compared.
+    """
+    composed = _repeated(_curve_pld(curve), count)
+    steps = np.arange(math.ceil(epsilon / curve.gap) + 2) * curve.gap
+    worst = (math.exp(epsilon) - np.exp(steps)) / (math.exp(epsilon) + 1)
+    with np.errstate(over="ignore"):
+        deltas = np.array([float(composed.get_delta_for_epsilon(float(step))) for step in steps])
+    return bool(np.all(deltas >= worst + np.where(worst > 0, ROUNDING, 0.0)))
 
 
 def up(value: float) -> float:

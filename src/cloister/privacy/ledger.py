@@ -35,8 +35,8 @@ from cloister.privacy.accounting import (
     compose,
     up,
     widened,
-    zcdp_budget,
 )  # fmt: skip
+from cloister.privacy.filters import Filter, chosen
 from cloister.privacy.ledger_file import DAMAGED, connected, explained, transaction
 from cloister.privacy.mechanism import Cost, DominatingCurve
 from cloister.privacy.reservation import NOTHING, Amount, ahead, amount, limit, units
@@ -136,8 +136,7 @@ class _Open:
     """What this process knows of a session."""
 
     budget: float
-    rule: str
-    most: float
+    filter: Filter
     each: Amount = NOTHING
     """What a draw is expected to come to."""
     row: int | None = None
@@ -157,7 +156,7 @@ class _Open:
         """Whether the reservation runs low."""
         return (
             self.last > 0
-            and 2 * self.left.price < ahead(limit(self.most) - self.known + self.left.price, self.each).price
+            and 2 * self.left.price < ahead(limit(self.filter.most) - self.known + self.left.price, self.each).price
         )
 
 
@@ -212,10 +211,8 @@ class Ledger:
     ) -> None:
         """Opens or resumes a session.
 
-        The rule that ends it is fixed here, as a filter must be: `basic` sums ε up to `budget`, `zCDP` sums ρ up to what
-        implies (`budget`, δ); whichever admits more draws like `per_span` is taken. Both stay valid when each prompt
-        depends on every answer before it (Rogers et al. 2016; Whitehouse et al. 2023, Theorem 1); privacy-loss
-        distributions tighten the reports only. `curve` dominates every draw of the session's sampler.
+        The rule that ends it is fixed here, as a filter must be: the one that admits most draws like `per_span`
+        (`privacy.filters`). `curve` dominates every draw of the session's sampler.
 
         Raises:
             BudgetError: the budget is not positive, or a session of that name has another budget or policy.
@@ -228,14 +225,11 @@ class Ledger:
             raise BudgetError(
                 "A session's name is empty, too long or not printable.", remedy="Use 1 to 128 characters."
             )
-        rho = zcdp_budget(budget)
-        rule, most = "basic", budget
-        if per_span.rho > 0 and rho / per_span.rho > budget / per_span.epsilon:
-            rule, most = "zCDP", rho
         with self._file, explained(self.path), transaction(self._db):
             row = self._db.execute("SELECT budget, policy FROM sessions WHERE name = ?", (name,)).fetchone()
             if row is None:
-                values = (name, budget, DELTA, rule, most, policy, self._clock(), *_packed(curve))
+                rule = chosen(budget, per_span, curve)
+                values = (name, budget, DELTA, rule.rule, rule.most, policy, self._clock(), *_packed(curve))
                 self._db.execute("INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
             elif tuple(row) != (budget, policy):
                 raise BudgetError(
@@ -245,7 +239,7 @@ class Ledger:
 
         opened = self._opened(name)
         with self._memory:
-            opened.each = amount([Charge(per_span)], opened.rule) if per_span.epsilon > 0 else NOTHING
+            opened.each = amount([Charge(per_span)], opened.filter) if per_span.epsilon > 0 else NOTHING
 
     def charge(self, session: str, entries: Sequence[Entry], *, repeated: int = 0, pseudonyms: int = 0) -> Receipt:
         """Charges what a prompt costs; call it before anything is drawn or sent.
@@ -257,7 +251,7 @@ class Ledger:
             LedgerError: it cannot be written; nothing may be sent.
         """
         opened = self._opened(session)
-        wanted = amount([entry.charge for entry in entries], opened.rule)
+        wanted = amount([entry.charge for entry in entries], opened.filter)
         spans = sum(entry.charge.count for entry in entries)
         with self._memory:
             usable = bool(self._numbers) and not self._failed and not self._closed
@@ -273,7 +267,9 @@ class Ledger:
             prompt, used = self._charge_now(session, opened, wanted, made)
         self._begin_writing()
         basic = up(math.fsum(entry.charge.cost.epsilon * entry.charge.count for entry in entries))
-        return Receipt(prompt.number, Spent(spans, basic, math.inf, math.inf), opened.rule, units(used), opened.most)
+        return Receipt(
+            prompt.number, Spent(spans, basic, math.inf, math.inf), opened.filter.rule, units(used), opened.filter.most
+        )
 
     def sessions(self) -> list[str]:
         """Returns the names of all sessions, in the order they were opened."""
@@ -304,7 +300,7 @@ class Ledger:
                     (name,),
                 ).fetchone()
                 charges = self._charges("prompts.session = ?", name)
-                spent_grains, reserved = self._used(name, rule), self._reserved(name)
+                spent_grains, reserved = self._used(name, Filter(rule, most, curve)), self._reserved(name)
         spent = compose([entry.charge for entry in charges], curve, delta)
         largest = max((entry.charge.cost.epsilon for entry in charges), default=0.0)
         used = units(spent_grains + reserved.price)
@@ -341,11 +337,13 @@ class Ledger:
         opened = self._sessions.get(name)
         if opened is None:
             with self._file, explained(self.path):
-                row = self._db.execute("SELECT budget, rule, most FROM sessions WHERE name = ?", (name,)).fetchone()
+                row = self._db.execute(
+                    "SELECT budget, rule, most, first, gap, curve FROM sessions WHERE name = ?", (name,)
+                ).fetchone()
                 if row is None:
                     raise LedgerError(f"There is no session {name!r} in {self.path}.", remedy="Open it first.")
                 with self._memory:
-                    opened = self._sessions.setdefault(name, _Open(*row))
+                    opened = self._sessions.setdefault(name, _Open(row[0], Filter(row[1], row[2], _unpacked(*row[3:]))))
         return opened
 
     def _charge_now(self, name: str, opened: _Open, wanted: Amount, prompt: _Prompt) -> tuple[_Prompt, int]:
@@ -366,15 +364,15 @@ class Ledger:
                 with explained(self.path), transaction(self._db, durable=bool(prompt.entries)):
                     numbers = self._new_numbers()
                     prompt = replace(prompt, number=numbers.pop(0) if number is None else number)
-                    self._write(name, pending, opened.rule)
+                    self._write(name, pending, opened.filter)
                     reserved = self._reserved(name).price - opened.held.price
-                    used = self._used(name, opened.rule) + reserved
-                    free = limit(opened.most) - used - wanted.price
+                    used = self._used(name, opened.filter) + reserved
+                    free = limit(opened.filter.most) - used - wanted.price
                     if free < 0 and prompt.entries:
                         refused = _over(name, opened, used, wanted, reserved)
                         left = NOTHING  # another process may need it
                     else:
-                        self._write(name, [prompt], opened.rule)
+                        self._write(name, [prompt], opened.filter)
                         used += wanted.price
                         if prompt.entries:
                             left = ahead(free, opened.each)
@@ -421,11 +419,11 @@ class Ledger:
             numbers: list[int] = []
             try:
                 with explained(self.path), transaction(self._db, durable=more):
-                    self._write(name, pending, opened.rule)
-                    used = self._used(name, opened.rule) + self._reserved(name).price - opened.held.price
+                    self._write(name, pending, opened.filter)
+                    used = self._used(name, opened.filter) + self._reserved(name).price - opened.held.price
                     if more:
                         numbers = self._new_numbers()
-                        left = covered + (ahead(limit(opened.most) - used, opened.each) - covered)
+                        left = covered + (ahead(limit(opened.filter.most) - used, opened.each) - covered)
                     row = self._reserve(name, opened, left)
             except BaseException:
                 with self._memory:
@@ -461,17 +459,17 @@ class Ledger:
                 with contextlib.suppress(LedgerError):  # the next prompt tries again, and says what is wrong
                     self._settle(name, "none" if idle else "more")
 
-    def _write(self, name: str, prompts: Sequence[_Prompt], rule: str) -> None:
+    def _write(self, name: str, prompts: Sequence[_Prompt], counted: Filter) -> None:
         if not prompts:
             return
-        before = self._used(name, rule)
+        before = self._used(name, counted)
         entries = [(prompt.number, entry) for prompt in prompts for entry in prompt.entries]
         self._db.executemany(
             "INSERT INTO prompts VALUES (?, ?, ?, ?, ?, ?)",
             [(p.number, name, p.at, p.spans, p.repeated, p.pseudonyms) for p in prompts],
         )
         self._db.executemany("INSERT INTO charges VALUES (?, ?, ?, ?, ?, ?)", [_row(*entry) for entry in entries])
-        used = before + amount([entry.charge for _, entry in entries], rule).price
+        used = before + amount([entry.charge for _, entry in entries], counted).price
         self._db.execute("INSERT OR REPLACE INTO totals VALUES (?, ?)", (name, used))
 
     def _reserve(self, name: str, opened: _Open, left: Amount) -> int | None:
@@ -484,12 +482,12 @@ class Ledger:
         row = (opened.row, name, self._clock(), left.price, left.epsilon, left.rho)
         return self._db.execute("INSERT OR REPLACE INTO reservations VALUES (?, ?, ?, ?, ?, ?)", row).lastrowid
 
-    def _used(self, name: str, rule: str) -> int:
+    def _used(self, name: str, counted: Filter) -> int:
         """Returns what the charges that are written down come to, in grains."""
         row = self._db.execute("SELECT used FROM totals WHERE session = ?", (name,)).fetchone()
         if row is not None:
             return int(row[0])
-        return amount([entry.charge for entry in self._charges("prompts.session = ?", name)], rule).price
+        return amount([entry.charge for entry in self._charges("prompts.session = ?", name)], counted).price
 
     def _reserved(self, name: str) -> Amount:
         """Returns all reservations of a session together."""
@@ -521,12 +519,12 @@ class Ledger:
 
 
 def _over(name: str, opened: _Open, used: int, wanted: Amount, reserved: int) -> BudgetError:
-    unit = "ε" if opened.rule == "basic" else "ρ"
+    most, unit = opened.filter.most, opened.filter.unit
     held = f", of which other gateways hold {units(reserved):.4g} in reserve" if reserved else ""
     return BudgetError(
         f"The privacy budget of session {name!r} is used up: this prompt needs {unit} = {units(wanted.price):.4g} and "
-        f"{max(0.0, opened.most - units(used)):.4g} of {opened.most:.4g} is left{held} (budget ε = {opened.budget:g}, counted by "
-        f"{opened.rule}). Nothing was sent.",
+        f"{max(0.0, most - units(used)):.4g} of {most:.4g} is left{held} (budget ε = {opened.budget:g}, counted by "
+        f"{opened.filter.rule}). Nothing was sent.",
         remedy="Begin another session (its secrets are then accounted anew, so what both reveal adds up), or send less.",
     )
 

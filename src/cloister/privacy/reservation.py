@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cloister.privacy.accounting import Charge
+from cloister.privacy.filters import Filter
 from cloister.privacy.mechanism import Cost
 
 GRAIN: Final = 2.0**-40
@@ -74,12 +75,12 @@ def limit(most: float) -> int:
     return math.floor(min(most, MOST) / GRAIN * (1 + 1e-9))
 
 
-def amount(charges: Iterable[Charge], rule: str) -> Amount:
-    """Returns what charges come to under a rule: `basic` counts ε, `zCDP` counts ρ."""
+def amount(charges: Iterable[Charge], counted: Filter) -> Amount:
+    """Returns what charges come to under a filter."""
     total = NOTHING
     for charge in charges:
-        epsilon, rho = grains(charge.cost.epsilon), grains(charge.cost.rho)
-        total += Amount(epsilon if rule == "basic" else rho, epsilon, rho) * charge.count
+        price = grains(min(counted.price(charge), 2 * MOST))
+        total += Amount(price, grains(charge.cost.epsilon), grains(charge.cost.rho)) * charge.count
     return total
 
 
