@@ -70,6 +70,8 @@ def test_a_sealed_model_answers_as_the_plain_one_and_lends_no_weight(owner: Path
     with LLM(sealed.folder) as model:
         reply = model.generate(PROMPT, **GREEDY)
         assert reply.text == expected
+        assert reply.receipt is not None
+        assert reply.receipt.statement.model_root == sealed.root
         assert reply.finished is not None
         assert reply.finished.meter.products == 0  # nothing was lent
         if os.getuid() == 0:
