@@ -229,6 +229,6 @@ def test_what_was_replaced_comes_back(tmp_path: Path) -> None:
     for row in record.rows:
         assert row["exact ε of a draw"] <= row["ε"]
         assert row["spans"] >= 15
-        assert row["spans back %"] == row["texts back %"] == 100
+        assert row["others back %"] == row["texts with words back %"] == 100
         assert 0 < row["mean ε of a text"] <= row["ε"] * row["spans"] / 20
     assert record.rows[1]["replaced by another %"] < record.rows[0]["replaced by another %"]

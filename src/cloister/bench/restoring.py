@@ -21,6 +21,7 @@ from cloister.gateway.protect import detection_for
 from cloister.privacy import candidate_file
 from cloister.privacy.detector import Detection, Mode
 from cloister.privacy.ledger import Ledger
+from cloister.privacy.mechanism import Kind
 from cloister.privacy.restore import ReverseMap, restore
 from cloister.privacy.sampler import TableSampler
 from cloister.privacy.sanitiser import Sanitiser
@@ -28,10 +29,11 @@ from cloister.privacy.sanitiser import Sanitiser
 BUDGET = 1e6
 """ε of a session, never reached: one text is one session."""
 NOTE = (
-    "Every text is a session of its own. 'spans back': of the distinct spans whose replacement differs, how many an answer that "
-    "names each replacement, with 's, gives back as the user wrote them. 'texts back': texts that come back letter by letter "
-    "when the answer repeats what was sent. Ambiguous: a replacement that stands for two secrets or for an ordinary word of the "
-    "text is left as it came."
+    "Every text is a session of its own. Of the distinct spans whose replacement differs, some are ordinary words, which a "
+    "gateway leaves as they were sent unless it is told otherwise; 'others back': how many of the others come back as the user "
+    "wrote them in an answer that names each, with 's. 'texts back': texts that come back letter by letter when the answer "
+    "repeats what was sent, without and with words. Ambiguous: a replacement that stands for two secrets or for an ordinary word "
+    "of the text is left as it came."
 )
 
 
@@ -58,7 +60,7 @@ def run(data: Path, candidates: Path, detectors: Sequence[str], smoke: bool, con
 def _measure(
     detection: Detection, sampler: TableSampler, texts: Sequence[str], epsilon: Fraction, console: Console
 ) -> dict[str, Any]:
-    spans = changed = back = capitals = whole = ambiguous = 0
+    spans = changed = named = back = capitals = whole = every = ambiguous = 0
     total = 0.0
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger.open(Path(folder) / "ledger")
@@ -71,9 +73,12 @@ def _measure(
                 moved = [swap for swap in made.swaps if swap.sent != swap.own]
                 spans += len(made.swaps)
                 changed += len(moved)
-                back += sum(restore(f"It is {swap.sent}'s.", reverse) == f"It is {swap.own}'s." for swap in moved)
+                names = [swap for swap in moved if swap.label is not Kind.WORD]
+                named += len(names)
+                back += sum(restore(f"It is {swap.sent}'s.", reverse) == f"It is {swap.own}'s." for swap in names)
                 capitals += restore(made.texts[0].upper(), reverse) == text.upper()
                 whole += restore(made.texts[0], reverse) == text
+                every += restore(made.texts[0], ReverseMap(made.swaps, made.kept, words=True)) == text
                 ambiguous += len(reverse.ambiguous)
                 total += made.receipt.spent.basic
         finally:
@@ -85,8 +90,10 @@ def _measure(
         "mean ε of a text": total / len(texts),
         "spans": spans,
         "replaced by another %": 100 * changed / max(1, spans),
-        "spans back %": 100 * back / max(1, changed),
+        "ordinary words %": 100 * (1 - named / max(1, changed)),
+        "others back %": 100 * back / max(1, named),
         "texts back %": 100 * whole / len(texts),
+        "texts with words back %": 100 * every / len(texts),
         "texts in capitals back %": 100 * capitals / len(texts),
         "ambiguous %": 100 * ambiguous / max(1, changed),
     }
