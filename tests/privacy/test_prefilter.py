@@ -125,6 +125,7 @@ def test_what_is_said_of_our_own_expressions_is_what_they_say() -> None:
         declared, derived = getattr(patterns, f"_{name}"), needs_of(getattr(patterns, name).pattern)
         assert declared.digits <= derived.digits
         assert declared.longest >= derived.longest, name
+    assert patterns._PHONE.longest >= needs_of(patterns.PHONE.pattern).longest
 
 
 @pytest.mark.parametrize(

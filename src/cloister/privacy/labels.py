@@ -1,6 +1,7 @@
 """What a detector calls the things it finds, and the finding itself."""
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
@@ -60,24 +61,39 @@ def settle(findings: list[Finding]) -> list[Finding]:
 
     What a losing finding covers beyond the winner is kept as findings of its own, so nothing that any detector saw is left.
     """
-    if not _overlap(findings):
-        return sorted((finding for finding in findings if finding.stop > finding.start), key=lambda one: one.start)
-    owners = [0] * max((finding.stop for finding in findings), default=0)
-    for number, finding in enumerate(findings, 1):
-        taken = owners[finding.start : finding.stop]
-        owners[finding.start : finding.stop] = (
-            [owner or number for owner in taken] if any(taken) else [number] * len(taken)
-        )
     settled: list[Finding] = []
-    place = 0
-    for owner, run in itertools.groupby(owners):
-        length = sum(1 for _ in run)
-        if owner:
-            settled.append(Finding(place, place + length, findings[owner - 1].label))
-        place += length
+    for together in _overlapping(findings):
+        settled += together if len(together) == 1 else _shared(together)
     return settled
 
 
-def _overlap(findings: list[Finding]) -> bool:
-    ordered = sorted((finding.start, finding.stop) for finding in findings)
-    return any(after[0] < before[1] for before, after in itertools.pairwise(ordered))
+def _overlapping(findings: list[Finding]) -> Iterator[list[Finding]]:
+    """Yields the findings in groups that overlap with no other group, in the order of the text; within one, as they came."""
+    order = sorted(range(len(findings)), key=lambda number: findings[number].start)
+    group: list[int] = []
+    end = 0
+    for number in order:
+        finding = findings[number]
+        if finding.stop <= finding.start:
+            continue
+        if group and finding.start >= end:
+            yield [findings[one] for one in sorted(group)]
+            group = []
+        group.append(number)
+        end = max(end, finding.stop)
+    if group:
+        yield [findings[one] for one in sorted(group)]
+
+
+def _shared(findings: list[Finding]) -> Iterator[Finding]:
+    """Yields what each of some findings that overlap keeps."""
+    place = min(finding.start for finding in findings)
+    owners = [0] * (max(finding.stop for finding in findings) - place)
+    for number, finding in enumerate(findings, 1):
+        for at in range(finding.start - place, finding.stop - place):
+            owners[at] = owners[at] or number
+    for owner, run in itertools.groupby(owners):
+        length = sum(1 for _ in run)
+        if owner:
+            yield Finding(place, place + length, findings[owner - 1].label)
+        place += length

@@ -52,6 +52,7 @@ _SSN: Final = Needs(digits=9, longest=11)
 _DIGITS: Final = Needs(digits=3, longest=61)
 _NUMBER: Final = Needs(digits=1, longest=30)
 LEAST_PHONE: Final = 7
+_PHONE: Final = Needs(digits=LEAST_PHONE, longest=53)
 
 ORDINAL: Final = re.compile(r"^(?:st|nd|rd|th)\b", re.IGNORECASE)
 
@@ -109,7 +110,7 @@ class Patterns:
             found += _all(UUID, text, Format.IDENTIFIER)
         found += _near(SSN, _SSN, digits, Format.IDENTIFIER)
         found += self._addresses(digits)
-        if len(digits.places) >= LEAST_PHONE:
+        if digits.dense(LEAST_PHONE, _PHONE.longest):
             for number in _all(PHONE, text, Format.PHONE):
                 count = sum(letter.isdigit() for letter in text[number.start : number.stop])
                 dated = any(number.start <= start and stop <= number.stop for start, stop in dates)

@@ -69,7 +69,7 @@ class Digits:
             )
         return known
 
-    def dense(self, digits: int, longest: int) -> bool:
+    def dense(self, digits: int, longest: float) -> bool:
         """Returns whether `digits` digits stand within `longest` characters somewhere."""
         places, last = self.places, digits - 1
         return any(places[i + last] - places[i] < longest for i in range(len(places) - last))
