@@ -23,7 +23,7 @@ def plot(record: Record, folder: Path) -> Path | None:
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(row["task"] for row in record.rows))
-    with mpl.rc_context({"svg.hashsalt": "cloister", "font.size": 8}):
+    with mpl.rc_context({"svg.hashsalt": "cloister", "svg.fonttype": "none", "font.size": 8}):
         figure = Figure(figsize=(10.5, 3.2 * (1 + (len(tasks) > 1))), layout="constrained")
         FigureCanvasSVG(figure)
         grid = figure.add_gridspec(1 + (len(tasks) > 1), 12)
