@@ -299,6 +299,15 @@ def sanitising() -> str:
     return "\n\n".join([*parts, _table(others, 2)])
 
 
+def restoring() -> str:
+    """Returns the table of what restoring gives back."""
+    path = ROOT / "bench" / "results" / "restoring.json"
+    if not path.exists():
+        return "No record yet: run `cloister bench restoring`."
+    record = json.loads(path.read_text())
+    return f"{_table(record['rows'])}\n\n`{record['command']}`, commit `{record['machine']['commit']}`."
+
+
 def _by_epsilon(rows: list[dict[str, Any]], task: str, key: str, title: str) -> str:
     """Returns one row per mechanism and one column per ε."""
     held: dict[str, dict[str, object]] = {}
@@ -337,6 +346,7 @@ BLOCKS = {
     "results": results,
     "attention": attention,
     "sanitising": sanitising,
+    "restoring": restoring,
 }
 
 
