@@ -50,5 +50,5 @@ def _against(axes: Any, record: Record, task: str, level: str, column: str) -> N
     axes.axhline(100 * record.facts[f"clean accuracy, {task}"], color="#999", lw=0.8, ls=":", label="clean text")
     axes.set_xscale("log", base=2 if column == "ε" else 10)
     axes.set_xlabel("exact ε" if column == "ε" else "the best attacker names the word, %")
-    axes.set_title(f"{task}: accuracy, %, {LEVELS[level]}")
+    axes.set_title(f"{task}: accuracy, %,\n{LEVELS[level]}")
     axes.grid(alpha=0.25)
