@@ -337,7 +337,8 @@ def test_gateways_that_share_a_ledger_and_die_never_overspend(
                 assert ledgers[which].report("s").used >= float(model.used)
             elif then:
                 if then == "crash":
-                    ledgers[which]._db.close()  # from under it: what it had not written down is lost
+                    with ledgers[which]._file:  # its thread may be writing: SQLite is not closed under that
+                        ledgers[which]._db.close()  # what it had not written down is lost
                 with contextlib.suppress(LedgerError):
                     ledgers[which].close()
                 ledgers[which] = opened(path, float(most))

@@ -16,7 +16,6 @@ import atexit
 import contextlib
 import math
 import sqlite3
-import struct
 import threading
 import time
 from collections import deque
@@ -28,18 +27,18 @@ from typing import Final, Literal
 from cloister.errors import BudgetError, LedgerError
 from cloister.privacy.accounting import (
     DELTA,
-    MAX_CURVE_POINTS,
     Charge,
     Spent,
-    check_curve,
     compose,
     up,
-    widened,
 )  # fmt: skip
 from cloister.privacy.filters import Filter, chosen
-from cloister.privacy.ledger_file import DAMAGED, connected, explained, transaction
+from cloister.privacy.ledger_entries import Entry, PromptReport, Receipt, SessionReport, packed, unpacked
+from cloister.privacy.ledger_file import connected, explained, transaction
 from cloister.privacy.mechanism import Cost, DominatingCurve
 from cloister.privacy.reservation import NOTHING, Amount, ahead, amount, limit, units
+
+__all__ = ["Entry", "Ledger", "PromptReport", "Receipt", "SessionReport"]
 
 MAX_NAME: Final = 128
 
@@ -51,72 +50,6 @@ IDLE_SECONDS: Final = 300.0
 
 NUMBERS: Final = 512
 """Numbers of prompts that a process takes at once."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Draws of one kind in a prompt; `kind` is the public name of a type of span."""
-
-    kind: str
-    charge: Charge
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What a prompt cost, and what is left."""
-
-    prompt: int
-    spent: Spent
-    filter: str
-    used: float
-    most: float
-
-    @property
-    def left(self) -> float:
-        """What the session's filter still admits, in its own unit (ε for `basic`, ρ for `zCDP`)."""
-        return max(0.0, self.most - self.used)
-
-
-@dataclass(frozen=True)
-class SessionReport:
-    """A session: its policy, its budget and what it spent, by three bounds."""
-
-    name: str
-    budget: float
-    delta: float
-    rule: str
-    used: float
-    most: float
-    policy: str
-    opened: float
-    prompts: int
-    spans: int
-    repeated: int
-    pseudonyms: int
-    spent: Spent
-    largest: float
-    """The ε of the costliest span."""
-    reserved: Cost
-    """Sums of ε and ρ that gateways have reserved and not accounted for: part of `used`, not of `spent`. What a gateway that
-    was killed had reserved stays here for good: it may have been spent."""
-
-    @property
-    def at_most(self) -> Spent:
-        """What the session may have spent: `spent`, and all that is reserved."""
-        return widened(self.spent, self.reserved)
-
-
-@dataclass(frozen=True)
-class PromptReport:
-    """One prompt of a session."""
-
-    prompt: int
-    at: float
-    spans: int
-    repeated: int
-    pseudonyms: int
-    kinds: tuple[tuple[str, float, int], ...]
-    spent: Spent
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +162,7 @@ class Ledger:
             row = self._db.execute("SELECT budget, policy FROM sessions WHERE name = ?", (name,)).fetchone()
             if row is None:
                 rule = chosen(budget, per_span, curve)
-                values = (name, budget, DELTA, rule.rule, rule.most, policy, self._clock(), *_packed(curve))
+                values = (name, budget, DELTA, rule.rule, rule.most, policy, self._clock(), *packed(curve))
                 self._db.execute("INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
             elif tuple(row) != (budget, policy):
                 raise BudgetError(
@@ -294,7 +227,7 @@ class Ledger:
                         f"There is no session {session!r} in {self.path}.", remedy="`cloister ledger` lists them."
                     )
                 name, budget, delta, rule, most, policy, opened = row[:7]
-                curve = _unpacked(*row[7:])
+                curve = unpacked(*row[7:])
                 counts = self._db.execute(
                     "SELECT COUNT(*), TOTAL(spans), TOTAL(repeated), TOTAL(pseudonyms) FROM prompts WHERE session = ?",
                     (name,),
@@ -317,7 +250,7 @@ class Ledger:
                 (session, last),
             ).fetchall()
             packed = self._db.execute("SELECT first, gap, curve FROM sessions WHERE name = ?", (session,)).fetchone()
-            curve = _unpacked(*(packed or (None, None, None)))
+            curve = unpacked(*(packed or (None, None, None)))
             charges = {row[0]: self._charges("charges.prompt = ?", row[0]) for row in rows}
         return [
             PromptReport(
@@ -343,7 +276,7 @@ class Ledger:
                 if row is None:
                     raise LedgerError(f"There is no session {name!r} in {self.path}.", remedy="Open it first.")
                 with self._memory:
-                    opened = self._sessions.setdefault(name, _Open(row[0], Filter(row[1], row[2], _unpacked(*row[3:]))))
+                    opened = self._sessions.setdefault(name, _Open(row[0], Filter(row[1], row[2], unpacked(*row[3:]))))
         return opened
 
     def _charge_now(self, name: str, opened: _Open, wanted: Amount, prompt: _Prompt) -> tuple[_Prompt, int]:
@@ -537,20 +470,3 @@ def _four(counts: Sequence[float]) -> tuple[int, int, int, int]:
 def _row(prompt: int, entry: Entry) -> tuple[object, ...]:
     charge = entry.charge
     return prompt, entry.kind, charge.cost.epsilon, charge.cost.rho, int(charge.sampled), charge.count
-
-
-def _packed(curve: DominatingCurve | None) -> tuple[float | None, float | None, bytes | None]:
-    if curve is None:
-        return None, None, None
-    check_curve(curve)
-    return curve.first, curve.gap, struct.pack(f"<{len(curve.deltas)}d", *curve.deltas)
-
-
-def _unpacked(first: float | None, gap: float | None, packed: bytes | None) -> DominatingCurve | None:
-    if first is None or gap is None or packed is None:
-        return None
-    if len(packed) % 8 or len(packed) > 8 * MAX_CURVE_POINTS:
-        raise LedgerError("A session's curve in the ledger is damaged.", remedy=DAMAGED)
-    curve = DominatingCurve(first, gap, struct.unpack(f"<{len(packed) // 8}d", packed))
-    check_curve(curve)
-    return curve
