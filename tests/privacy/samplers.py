@@ -32,6 +32,7 @@ class ListSampler:
     epsilon: float = 2.0
     mechanism: Mechanism = Mechanism.CHANNEL
     draws: int = 0
+    tables: str = "0123456789abcdef" * 4
 
     def replace(self, spans: Sequence[Span]) -> list[Replacement]:
         return [self._one(span) for span in spans]

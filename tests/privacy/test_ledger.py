@@ -161,6 +161,17 @@ def test_a_session_keeps_its_budget_and_policy(tmp_path: Path) -> None:
     ledger.close()
 
 
+@pytest.mark.parametrize("last", ["0.4", "none"])
+def test_a_session_keeps_the_curve_that_its_rule_counts_by(tmp_path: Path, last: str) -> None:
+    first = DominatingCurve(-2.0, 2.0, (0.8, 0.2, 0.0))
+    other = None if last == "none" else DominatingCurve(-2.0, 2.0, (0.8, float(last), 0.0))
+    with contextlib.closing(Ledger.open(tmp_path / "ledger.db")) as ledger:
+        ledger.open_session("s", 16.0, pure(2.0), "words", first)
+        with pytest.raises(BudgetError, match="privacy loss is another"):
+            ledger.open_session("s", 16.0, pure(2.0), "words", other)
+        ledger.open_session("s", 16.0, pure(2.0), "words", first)
+
+
 CHARGING = """
     import sys
     from pathlib import Path

@@ -271,6 +271,15 @@ def test_one_draw_per_distinct_span(tmp_path: Path) -> None:
     assert again.receipt.spent.draws == 0
 
 
+def test_a_session_is_not_resumed_with_other_candidates(tmp_path: Path) -> None:
+    sanitiser(tmp_path).sanitise([TEXT])
+    with pytest.raises(BudgetError, match="candidates 0123456789abcdef"):
+        sanitiser(tmp_path, ListSampler(tables="f" * 64))
+    with pytest.raises(PrivacyError, match="no digest"):
+        sanitiser(tmp_path, ListSampler(tables=""))
+    assert sanitiser(tmp_path).sanitise(["No secrets."]).receipt.used >= 10  # with its own it goes on counting
+
+
 def test_a_name_found_once_is_a_secret_everywhere(tmp_path: Path) -> None:
     safe = sanitiser(tmp_path)
     texts = safe.sanitise(["Quandry first.", "I met Zorblax Quandry there.", "A quandry."]).texts

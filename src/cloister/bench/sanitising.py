@@ -78,6 +78,10 @@ class _TimedSampler:
     def epsilon(self) -> float:
         return self.inner.epsilon
 
+    @property
+    def tables(self) -> str:
+        return self.inner.tables
+
     def replace(self, spans: Sequence[Span]) -> list[Replacement]:
         made: list[Replacement] = self.clock.run("draw", lambda: self.inner.replace(spans))
         return made

@@ -168,7 +168,7 @@ def _decode(data: bytes) -> Candidates:
     origin = Provenance(
         header.model, header.embedding_sha256, header.tokenizer_sha256, header.vocabulary, header.members
     )
-    return Candidates(origin, classes, tuple(sets))
+    return Candidates(origin, classes, tuple(sets), data[-DIGEST_BYTES:].hex())
 
 
 def _class(one: _Class) -> CandidateClass:

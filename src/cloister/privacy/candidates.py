@@ -66,6 +66,8 @@ class Candidates:
     provenance: Provenance
     classes: tuple[CandidateClass, ...]
     sets: tuple[TableSet, ...]
+    digest: str = field(default="", compare=False)
+    """The SHA-256 of the file that they were read from, in hexadecimal; empty before there is one."""
     _places: Mapping[tuple[Kind, str], tuple[int, int]] = field(init=False, repr=False, compare=False)
     _tokens: Mapping[int, tuple[int, int]] = field(init=False, repr=False, compare=False)
 

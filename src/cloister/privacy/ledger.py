@@ -145,10 +145,10 @@ class Ledger:
         """Opens or resumes a session.
 
         The rule that ends it is fixed here, as a filter must be: the one that admits most draws like `per_span`
-        (`privacy.filters`). `curve` dominates every draw of the session's sampler.
+        (`privacy.filters`). `curve` dominates every draw of the session's sampler, and stays what it was: the rule counts by it.
 
         Raises:
-            BudgetError: the budget is not positive, or a session of that name has another budget or policy.
+            BudgetError: the budget is not positive, or a session of that name has another budget, policy or curve.
         """
         if not (math.isfinite(budget) and budget > 0):
             raise BudgetError(
@@ -159,15 +159,21 @@ class Ledger:
                 "A session's name is empty, too long or not printable.", remedy="Use 1 to 128 characters."
             )
         with self._file, explained(self.path), transaction(self._db):
-            row = self._db.execute("SELECT budget, policy FROM sessions WHERE name = ?", (name,)).fetchone()
+            columns = "budget, policy, first, gap, curve"
+            row = self._db.execute(f"SELECT {columns} FROM sessions WHERE name = ?", (name,)).fetchone()  # noqa: S608
             if row is None:
                 rule = chosen(budget, per_span, curve)
                 values = (name, budget, DELTA, rule.rule, rule.most, policy, self._clock(), *packed(curve))
                 self._db.execute("INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
-            elif tuple(row) != (budget, policy):
+            elif tuple(row[:2]) != (budget, policy):
                 raise BudgetError(
                     f"Session {name!r} was opened with a budget of {row[0]:g} and the policy {row[1]!r}.",
                     remedy="A session's budget and policy stay what they were; use another --session for other ones.",
+                )
+            elif tuple(row[2:]) != _packed(curve):
+                raise BudgetError(
+                    f"Session {name!r} was opened with tables whose privacy loss is another than these have.",
+                    remedy="Use the candidate file that it was opened with, or another --session.",
                 )
 
         opened = self._opened(name)

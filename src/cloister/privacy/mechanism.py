@@ -103,6 +103,10 @@ class Sampler(Protocol):
     def epsilon(self) -> float:
         """The most that one draw from one class costs."""
 
+    @property
+    def tables(self) -> str:
+        """A digest of the public tables that are drawn from, in hexadecimal: with others, a session is another."""
+
     def replace(self, spans: Sequence[Span]) -> list[Replacement]:
         """Returns one replacement for each span, in order, each drawn independently."""
 

@@ -64,6 +64,11 @@ class TableSampler:
         """The most that one draw from one class costs."""
         return self._epsilon
 
+    @property
+    def tables(self) -> str:
+        """The digest of the candidate file; empty for candidates that were not read from one."""
+        return self._candidates.digest
+
     def privacy_loss(self) -> DominatingCurve:
         """Returns the curve that dominates every draw from every class."""
         return self._curve

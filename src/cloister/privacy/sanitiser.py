@@ -30,6 +30,9 @@ from cloister.privacy.words import POSSESSIVE, WORD, cased_like, cleaned, is_sto
 
 NOTHING = Cost(0.0, 0.0)
 
+TABLES_SHOWN = 32
+"""Digits of the candidates' digest in a policy: 128 bits."""
+
 SEEN_TEXTS = 1024
 """Texts whose findings are remembered, by a keyed hash: a chat sends its earlier turns again with every request."""
 
@@ -67,11 +70,15 @@ class Sanitiser:
         """Opens or resumes `session` in the ledger.
 
         Raises:
-            BudgetError: the budget is not positive, or the session has another one or another policy.
+            BudgetError: the budget is not positive, or the session has another one, another policy or other tables.
+            PrivacyError: the sampler's tables have no name, so that a session could be resumed with others.
         """
+        if not sampler.tables:
+            raise PrivacyError("The candidates have no digest.", remedy="Write them to a file and read that.")
         self.detection = detection
         self.session = session
-        self.policy = f"{detection.policy}; {sampler.mechanism}, ε = {sampler.epsilon:.6g} per span"
+        drawn = f"{sampler.mechanism}, ε = {sampler.epsilon:.6g} per span"
+        self.policy = f"{detection.policy}; {drawn}; candidates {sampler.tables[:TABLES_SHOWN]}"
         self._sampler = sampler
         self._ledger = ledger
         self._memo = Memo()
