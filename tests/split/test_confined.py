@@ -1,5 +1,9 @@
 """The published split with its embedding layer in the sanitising enclave, plain or sealed: same output, bounded embedding."""
 
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -9,8 +13,9 @@ import pytest
 from cloister.attest.document import Attestation
 from cloister.attest.sim import Installation
 from cloister.errors import BudgetError, CloisterError, EnclaveLostError, KeyRefusedError, RequestError, SettingsError
+from cloister.local import sanitising_split
 from cloister.local.broker_link import owner_folder, stand_in_file
-from cloister.local.client_part import client_folder
+from cloister.local.client_part import ClientFolder, client_folder
 from cloister.local.sanitising import SanitisingEnclave
 from cloister.model.embedding import EmbeddingLayer
 from cloister.seal.policy import stand_in_policy
@@ -48,7 +53,7 @@ def owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def opening(model: Path, tmp_path: Path, **changes: Any) -> OpenSplit:
     given = {
         "model": str(model), "ledger": str(tmp_path / "state" / "ledger.db"), "sanitiser": "none", "epsilon": 1.0,
-        "share": 0.5, "budget": 12.0, "session": "split",
+        "share": 0.5, "budget": 12.0, "session": "split", "most": 12,
     }  # fmt: skip
     return OpenSplit(**{**given, **changes})
 
@@ -98,6 +103,9 @@ def test_a_sealed_table_is_asked_for_and_embeds_no_more_than_was_announced(
             part.following(token)
         with pytest.raises(RequestError, match="announced"):
             part.following(6)
+        with pytest.raises(RequestError, match="opened for 12"):
+            part.begin([2, 3], 13)
+        assert json.loads(enclave.ready.policy)["most"] == 12
         with pytest.raises(CloisterError, match="no embedding"):
             part.begin([10**6], 1)
         document = enclave.guard.attestation(b"n" * 32)
@@ -121,3 +129,22 @@ def test_the_published_sanitiser_pays_in_the_enclave(decoder: Path, owner: Path,
         SanitisingEnclave(opening(decoder, tmp_path, sanitiser="roughly"))
     with pytest.raises(SettingsError, match="corpus"):
         SanitisingEnclave(opening(decoder, tmp_path, sanitiser="as-published", corpus=str(tmp_path / "none")))
+
+
+def test_the_corpus_that_is_counted_is_the_one_in_the_policy(
+    decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_bytes(b"the fox and the tree")
+
+    @contextmanager
+    def changing(path: Path) -> Iterator[ClientFolder]:
+        corpus.write_bytes(b"\xff of another hash")
+        with client_folder(path) as folder:
+            yield folder
+
+    monkeypatch.setattr(sanitising_split, "client_folder", changing)
+    asked = opening(decoder, tmp_path, sanitiser="as-published", corpus=str(corpus))
+    (tmp_path / "state").mkdir()
+    opened = sanitising_split.open_split(asked, None, lambda measurement: pytest.fail("no evidence was asked for"))
+    assert json.loads(opened.ready.policy)["corpus"] == hashlib.sha256(b"the fox and the tree").hexdigest()

@@ -186,7 +186,7 @@ def test_the_published_sanitiser_replaces_rare_tokens_and_pays(decoder: tuple[Pa
 
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("the fox and the tree\n" * 3 + "a bird sang\n")
-    rare = rare_tokens(layer.tokenizer, corpus, 0.5)
+    rare = rare_tokens(layer.tokenizer, corpus.read_bytes(), 0.5)
     assert WORDS.index("kite") in rare
     assert WORDS.index("the") not in rare
     sanitise = AsPublished(layer, 1.0, rare, pay)

@@ -97,7 +97,7 @@ def _parts(model: Path, folder: Path, most: int) -> Iterator[tuple[ClientPart, C
     layer = EmbeddingLayer.open(model)
     asked = OpenSplit(
         model=str(model.resolve()), ledger=str(folder / "ledger.db"), sanitiser="none", epsilon=1.0, share=0.5,
-        budget=BUDGET, session="bench",
+        budget=BUDGET, session="bench", most=most,
     )  # fmt: skip
     own = EmbeddingPart(layer, unsanitised)
     with SanitisingEnclave(asked) as enclave:

@@ -117,7 +117,7 @@ def split_client(
     asked = OpenSplit(
         model=str(model.resolve()), ledger=str((ledger or ledger_path()).resolve()), budget=budget, session=session,
         sanitiser="none" if unsanitised else "as-published", epsilon=epsilon, share=share,
-        corpus=str(corpus.resolve()) if corpus else "",
+        corpus=str(corpus.resolve()) if corpus else "", most=max_tokens or 128,
     )  # fmt: skip
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     spent = Spent()
@@ -133,7 +133,7 @@ def split_client(
                 return
             tokens = tokenizer.encode_chat([{"role": "user", "content": text}]) if chat else tokenizer.encode(text)
             given = {name: value for name, value in options.items() if value is not None}
-            _answer(client, tokenizer, tokens, max_tokens or 128, spent, given, as_json)
+            _answer(client, tokenizer, tokens, asked.most, spent, given, as_json)
 
 
 def _answer(

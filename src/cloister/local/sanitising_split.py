@@ -1,16 +1,17 @@
 """What a sanitising enclave opens for the published split: the table, and CMIF's selector and mechanism.
 
 Covers: the policy that is measured, the charge for each prompt, embedding what the server returns.
-Guarantees: a prompt is sanitised and charged before its embeddings leave; of what follows, no more tokens than were announced.
-Does not cover: who names those tokens. The server does, or whoever says so on this machine: of a split, each row of the table can
-be asked for. The published system has this bound and no other; behind a gateway nobody names tokens.
+Guarantees: a prompt is sanitised and charged before its embeddings leave; of what follows it, no more tokens than were announced,
+and never more than the policy says.
+Does not cover: who names those tokens, or how often prompts are begun. The server names them, or whoever says so on this machine:
+prompt after prompt, the user alone can ask for every row of the table. Behind a gateway nobody names tokens.
 """
 
 import hashlib
 from pathlib import Path
 from typing import Any, Final
 
-from cloister.errors import SettingsError
+from cloister.errors import RequestError, SettingsError
 from cloister.local.client_part import client_folder
 from cloister.local.owner import Owner, Prove
 from cloister.local.sanitising_parts import FORMAT, Opened, Prover, tee, unasked
@@ -46,12 +47,12 @@ def open_split(asked: OpenSplit, owner: Owner | None, prove: Prove) -> Opened:
     """
     if asked.sanitiser not in (AS_PUBLISHED, NONE):
         raise SettingsError(f"There is no sanitiser {asked.sanitiser!r}.", remedy=f"Use {AS_PUBLISHED} or {NONE}.")
-    corpus = Path(asked.corpus) if asked.corpus else None
-    policy: dict[str, Any] = {"format": FORMAT, "sanitiser": asked.sanitiser}
+    corpus = _read(Path(asked.corpus)) if asked.corpus else None
+    policy: dict[str, Any] = {"format": FORMAT, "sanitiser": asked.sanitiser, "most": asked.most}
     if asked.sanitiser == AS_PUBLISHED:
         policy |= {
             "epsilon": asked.epsilon, "share": asked.share, "budget": asked.budget,
-            "corpus": "" if corpus is None else _file_digest(corpus),
+            "corpus": "" if corpus is None else hashlib.sha256(corpus).hexdigest(),
         }  # fmt: skip
     measurable = canonical(policy)
     with client_folder(Path(asked.model)) as folder:
@@ -63,6 +64,11 @@ def open_split(asked: OpenSplit, owner: Owner | None, prove: Prove) -> Opened:
     def prompts(question: Question) -> Answer:
         match question:
             case Embed():
+                if question.most > asked.most:
+                    raise RequestError(
+                        f"{question.most} tokens are to follow a prompt; this enclave was opened for {asked.most}.",
+                        remedy="Open it for more: --max-tokens.",
+                    )
                 rows, seconds = part.begin(question.tokens, question.most)
                 return Rows(rows.tobytes(), seconds)
             case EmbedNext():
@@ -79,15 +85,15 @@ def open_split(asked: OpenSplit, owner: Owner | None, prove: Prove) -> Opened:
     return Opened(Ready(tee=tee(), policy=measurable, root=root, facts=facts), prompts, reports)
 
 
-def _file_digest(path: Path) -> str:
+def _read(path: Path) -> bytes:
+    """Returns a corpus, read once: what is counted is what the policy has the hash of."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return path.read_bytes()
     except OSError as error:
         raise SettingsError(f"Cannot read the corpus {path}: {error.strerror}.", remedy="Give a text file.") from error
 
 
-def _published(layer: EmbeddingLayer, asked: OpenSplit, corpus: Path | None) -> Sanitise:
+def _published(layer: EmbeddingLayer, asked: OpenSplit, corpus: bytes | None) -> Sanitise:
     book = Ledger.open(Path(asked.ledger))
     how = f"detected; rare tokens ({asked.share:g}); as published, ε = {asked.epsilon:g} per token"
     book.open_session(asked.session, asked.budget, pure(asked.epsilon), how)

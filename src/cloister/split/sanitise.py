@@ -7,7 +7,6 @@ noise of a repeated token averages out, which the product's own sanitiser avoids
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 from cloister.errors import SettingsError
 from cloister.model.checkpoint import widen
@@ -41,22 +40,22 @@ class AsPublished:
         return sent
 
 
-def rare_tokens(tokenizer: Tokenizer, corpus: Path | None, share: float) -> frozenset[int]:
-    """Returns the tokens that are least frequent in a public corpus, `share` of the vocabulary.
+def rare_tokens(tokenizer: Tokenizer, corpus: bytes | None, share: float) -> frozenset[int]:
+    """Returns the tokens that are least frequent in a public corpus (a text in UTF-8), `share` of the vocabulary.
 
     Without a corpus a token's rank in the vocabulary stands for its frequency: merges were learned from frequent to rare.
 
     Raises:
-        SettingsError: the corpus cannot be read, or the share is none.
+        SettingsError: the corpus is no text, or the share is none.
     """
     if not 0 <= share <= 1:
         raise SettingsError(f"The share of sensitive tokens is {share}.", remedy="Allowed: 0 to 1.")
     if corpus is None:
         return low_frequency(list(range(tokenizer.vocab_size, 0, -1)), share)
     try:
-        text = corpus.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"Cannot read the corpus {corpus}: {error}.", remedy="Give a UTF-8 text file.") from error
+        text = corpus.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"The corpus is no text: {error}.", remedy="Give a UTF-8 text file.") from error
     counts: Counter[int] = Counter()
     for line in text.splitlines():
         counts.update(tokenizer.encode(line, add_special_tokens=False))

@@ -63,6 +63,8 @@ class OpenSplit(_Message, frozen=True, kw_only=True):
     corpus: _Path = ""
     budget: float
     session: _Session
+    most: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
+    """Tokens that may follow a prompt: the largest `Embed.most`."""
 
 
 class OpenSession(_Message, frozen=True):
