@@ -55,10 +55,13 @@ WITH_TOOLS = {
         {
             "role": "assistant",
             "tool_calls": [
-                {"id": "c1", "type": "function", "function": {"name": "pay", "arguments": '{"sum": 45200, "to": "Quandry"}'}}
+                {
+                    "id": "zorblax.quandry.4111",
+                    "function": {"name": "pay", "arguments": '{"sum": 45200, "to": "Quandry"}'},
+                }
             ],
         },
-        {"role": "tool", "tool_call_id": "c1", "content": "Paid 45,200 to Zorblax Quandry."},
+        {"role": "tool", "tool_call_id": "zorblax.quandry.4111", "content": "Paid 45,200 to Zorblax Quandry."},
     ],
     "tools": [
         {
@@ -68,7 +71,11 @@ WITH_TOOLS = {
                 "description": "Pays for bluebird.",
                 "parameters": {
                     "type": "object",
-                    "properties": {"to": {"enum": ["Quandry"], "default": "Quandry", "type": "string"}},
+                    "properties": {
+                        "to": {"enum": ["Quandry"], "default": "Quandry", "type": "string", "maxLength": 80},
+                        "sum": {"type": "number", "minimum": 45200, "maximum": 45201, "multipleOf": 45200, "x-sum": 45200},
+                        "card": {"type": "integer", "example": 4111111111111111, "enum": [4111111111111111]},
+                    },
                 },
             },
         }
@@ -203,6 +210,13 @@ def test_an_engine_that_is_down() -> None:
         (
             {"messages": [{"role": "user", "content": "x"}], "tools": [{"function": {"name": "a b"}}]},
             "other than letters",
+        ),
+        (
+            {
+                "messages": [{"role": "user", "content": "x"}],
+                "tools": [{"function": {"name": "pay", "parameters": {"maxLength": 4111111111111111}}}],
+            },
+            "no count",
         ),
     ],
 )

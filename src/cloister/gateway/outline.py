@@ -3,7 +3,8 @@
 Covers: messages, tool calls and their results, tools with their schemas, response formats, stop texts.
 Guarantees: a request is rebuilt field by field, so nothing is sent that is not named here. What stays as it is: roles, names
 of functions and of their parameters (a model must call them by name; they are looked through for identifiers and the user's
-own words), JSON types, numbers of the sampling. `name` of a message is left out, and so is what only identifies the user.
+own words), JSON types, lengths and counts of a schema (`COUNTS`), numbers of the sampling, true, false and null. Ids of tool
+calls are numbered anew. `name` of a message is left out, and so is what only identifies the user.
 Does not cover: what the texts hold; that is `privacy.sanitiser`.
 """
 
@@ -30,6 +31,24 @@ SAMPLING: Final = (
 
 STRUCTURE: Final = frozenset({"type", "format", "$ref", "$schema", "$id", "required", "contentEncoding"})
 """Keys of a JSON schema whose texts are part of its grammar."""
+COUNTS: Final = frozenset(
+    {
+        "minLength",
+        "maxLength",
+        "minItems",
+        "maxItems",
+        "minProperties",
+        "maxProperties",
+        "minContains",
+        "maxContains",
+    }
+)
+"""Keys of a JSON schema whose numbers are part of its grammar. All its other numbers are values, `minimum` among them."""
+MOST_COUNTED: Final = 10**6
+"""Largest such number: a longer one could be somebody's."""
+RANGES: Final = (("minimum", "maximum"), ("exclusiveMinimum", "exclusiveMaximum"))
+VALUES: Final = frozenset({"default", "const", "enum", "example", "examples"})
+"""Keys of a JSON schema that hold data, in which no key is grammar."""
 NAMED: Final = frozenset({"properties", "$defs", "definitions", "patternProperties", "dependentRequired"})
 """Keys of a JSON schema whose keys are names."""
 GRAMMAR: Final = frozenset(
@@ -51,7 +70,6 @@ GRAMMAR: Final = frozenset(
 )
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_.$/#:-]{1,256}")
-_ID: Final = re.compile(r"[\w.:-]{1,128}")
 
 
 def chat_outline(request: ChatRequest, change: Change, check_name: CheckName) -> EngineRequest:
@@ -69,8 +87,9 @@ def chat_outline(request: ChatRequest, change: Change, check_name: CheckName) ->
     sampling = _sampling(request, change)
     if request.max_completion_tokens is not None:
         sampling["max_tokens"] = request.max_completion_tokens
+    ids: dict[str, str] = {}
     return EngineRequest(
-        messages=tuple(_message(message, change, check_name) for message in request.messages),
+        messages=tuple(_message(message, change, check_name, ids) for message in request.messages),
         sampling=sampling,
         tools=tools,
         choices=request.choices,
@@ -115,25 +134,25 @@ def _refuse_bias(bias: Mapping[str, float] | None) -> None:
         raise RequestError("`logit_bias` names tokens, which cannot be sanitised.", remedy="Leave it out.")
 
 
-def _message(message: Message, change: Change, check_name: CheckName) -> dict[str, Any]:
+def _message(message: Message, change: Change, check_name: CheckName, ids: dict[str, str]) -> dict[str, Any]:
     made: dict[str, Any] = {"role": message.role}
     if message.content is not None or not message.tool_calls:
         made["content"] = change(message.text)
     if message.tool_calls:
-        made["tool_calls"] = [_call(call, change, check_name) for call in message.tool_calls]
+        made["tool_calls"] = [_call(call, change, check_name, ids) for call in message.tool_calls]
     if message.tool_call_id is not None:
-        made["tool_call_id"] = _id(message.tool_call_id)
+        made["tool_call_id"] = _id(message.tool_call_id, ids)
     if message.role == "tool" and message.content is not None:
         made["content"] = change_json(message.text, change)
     return made
 
 
-def _call(call: ToolCall, change: Change, check_name: CheckName) -> dict[str, Any]:
+def _call(call: ToolCall, change: Change, check_name: CheckName, ids: dict[str, str]) -> dict[str, Any]:
     function = {
         "name": _named(call.function.name, check_name),
         "arguments": change_json(call.function.arguments, change),
     }
-    return {"id": _id(call.id), "type": "function", "function": function}
+    return {"id": _id(call.id, ids), "type": "function", "function": function}
 
 
 def _tool(tool: Tool, change: Change, check_name: CheckName) -> dict[str, Any]:
@@ -195,15 +214,48 @@ def _schema(schema: Any, change: Change, check_name: CheckName, depth: int) -> A
             }
         elif key in STRUCTURE:
             made[key] = _grammar(value, check_name)
-        elif isinstance(value, dict):
-            made[key] = _schema(value, change, check_name, depth + 1)
-        elif isinstance(value, list):
-            made[key] = [_schema(item, change, check_name, depth + 1) for item in value]
-        elif isinstance(value, str):
-            made[key] = change(value)
+        elif key in COUNTS:
+            made[key] = _count(key, value)
+        elif key in VALUES:
+            made[key] = _data(value, change, check_name, depth + 1)
+        elif isinstance(value, dict | list):
+            made[key] = _each(value, change, check_name, depth + 1)
         else:
-            made[key] = _values(value, change, depth) if key in ("default", "const") else value
-    return made
+            made[key] = _values(value, change, depth)
+    return _ordered(made)
+
+
+def _each(value: Any, change: Change, check_name: CheckName, depth: int) -> Any:
+    if isinstance(value, list):
+        return [_schema(item, change, check_name, depth) for item in value]
+    return _schema(value, change, check_name, depth)
+
+
+def _data(value: Any, change: Change, check_name: CheckName, depth: int) -> Any:
+    """Returns data of a schema with its texts and numbers changed; keys are names of parameters and stay."""
+    _check_depth(depth)
+    if isinstance(value, dict):
+        return {_named(key, check_name): _data(item, change, check_name, depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_data(item, change, check_name, depth + 1) for item in value]
+    return _values(value, change, depth)
+
+
+def _count(key: str, value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= MOST_COUNTED:
+        raise RequestError(f"`{key}` of a JSON schema is no count.", remedy=f"Allowed: 0 to {MOST_COUNTED}.")
+    return value
+
+
+def _ordered(schema: dict[str, Any]) -> dict[str, Any]:
+    """Returns a schema whose ranges begin before they end: their ends were changed one by one."""
+    for low, high in RANGES:
+        first, last = schema.get(low), schema.get(high)
+        if isinstance(first, bool) or not isinstance(first, int | float) or not isinstance(last, int | float):
+            continue
+        if first > last:
+            schema[low], schema[high] = last, first
+    return schema
 
 
 def _grammar(value: Any, check_name: CheckName) -> Any:
@@ -243,10 +295,12 @@ def _named(name: str, check_name: CheckName) -> str:
     return name
 
 
-def _id(identifier: str) -> str:
-    if not _ID.fullmatch(identifier):
-        raise RequestError("The id of a tool call is not one.", remedy="Send it as the model gave it.")
-    return identifier
+def _id(identifier: str, ids: dict[str, str]) -> str:
+    """Returns the id that is sent for a tool call's: its number in the request, which says nothing, in nine characters.
+
+    The form is Mistral's, whose chat template takes no other. No answer refers to it: it has ids of its own.
+    """
+    return ids.setdefault(identifier, f"call{len(ids) + 1:05}")
 
 
 def _check_depth(depth: int) -> None:
