@@ -9,9 +9,11 @@ import asyncio
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, ParamSpec, TypeVar
 
 import msgspec
 
@@ -28,6 +30,13 @@ from cloister.wire.sanitising import Protected
 
 REMEMBERED_REQUESTS: Final = 20
 RESTORED_SHOWN: Final = 1000
+PROMPT_THREADS: Final = 8
+"""Prompts that wait for the guard at once; further ones wait for a thread."""
+REPORT_THREADS: Final = 2
+"""Reports and evidence at once; apart from prompts, so that long ones keep nobody from looking."""
+
+Given = ParamSpec("Given")
+Returned = TypeVar("Returned")
 
 _LABELS: Final[Mapping[str, Label]] = {str(label): label for labels in (Kind, Format, Numeral) for label in labels}
 
@@ -60,6 +69,8 @@ class Gateway:
         self._guard = None if engine.trusted else guard
         self._sessions: dict[str, _Session] = {}
         self._opening = asyncio.Lock()
+        self._prompts = ThreadPoolExecutor(PROMPT_THREADS, "cloister-prompts")
+        self._reports = ThreadPoolExecutor(REPORT_THREADS, "cloister-reports")
         self._started = time.time()
         self._replaced: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
@@ -80,6 +91,8 @@ class Gateway:
         await self._engine.close()
         if self._guard is not None:
             await asyncio.to_thread(self._guard.close)
+        for threads in (self._prompts, self._reports):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def models(self) -> list[dict[str, Any]]:
         """See `Service`."""
@@ -104,7 +117,7 @@ class Gateway:
             document: dict[str, Any] = msgspec.json.decode(shown.encode())
             return document
         if self._guard is not None:
-            evidence = await asyncio.to_thread(self._guard.attestation, _nonce(nonce)) if nonce else None
+            evidence = await _inside(self._reports, self._guard.attestation, _nonce(nonce)) if nonce else None
             if evidence is not None:
                 return msgspec.json.decode(evidence, type=dict[str, Any])
             return {
@@ -130,7 +143,7 @@ class Gateway:
         if self._guard is None:
             return {"sanitised": False, "statement": "The engine is an enclave: prompts are not sanitised."}
         name = session or self._settings.session
-        figures = await asyncio.to_thread(self._guard.report, name)
+        figures = await _inside(self._reports, self._guard.report, name)
         if figures is None:
             raise RequestError(f"There is no session {name!r}.", remedy="It begins with its first request.")
         opened = self._sessions.get(name)
@@ -181,7 +194,7 @@ class Gateway:
                 sent = _as_it_is(request)
             else:
                 opened = await self._session(self._guard, session)
-                protected = await asyncio.to_thread(self._guard.protect, opened.name, request)
+                protected = await _inside(self._prompts, self._guard.protect, opened.name, request)
                 reverse = ReverseMap(_swaps(protected), protected.kept, words=self._settings.restore_words)
                 report = self._noted(opened, protected, reverse)
                 sent = _engine_request(protected, opened.salt)
@@ -242,7 +255,7 @@ class Gateway:
         async with self._opening:
             opened = self._sessions.get(name)
             if opened is None:
-                await asyncio.to_thread(guard.open_session, name)
+                await _inside(self._prompts, guard.open_session, name)
                 opened = self._sessions[name] = _Session(name)
         return opened
 
@@ -251,6 +264,13 @@ class Gateway:
             raise RequestError(
                 f"The model {model[:100]!r} is not served here.", remedy=f"Ask for {self._engine.model!r}."
             )
+
+
+async def _inside(
+    threads: Executor, call: Callable[Given, Returned], *given: Given.args, **named: Given.kwargs
+) -> Returned:
+    """Returns what a call that blocks returns, made in one of these threads."""
+    return await asyncio.get_running_loop().run_in_executor(threads, partial(call, *given, **named))
 
 
 def _restored_call(call: ToolCall, reverse: ReverseMap) -> ToolCall:
