@@ -170,7 +170,7 @@ class Ledger:
                     f"Session {name!r} was opened with a budget of {row[0]:g} and the policy {row[1]!r}.",
                     remedy="A session's budget and policy stay what they were; use another --session for other ones.",
                 )
-            elif tuple(row[2:]) != _packed(curve):
+            elif tuple(row[2:]) != packed(curve):
                 raise BudgetError(
                     f"Session {name!r} was opened with tables whose privacy loss is another than these have.",
                     remedy="Use the candidate file that it was opened with, or another --session.",
