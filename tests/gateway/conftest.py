@@ -109,7 +109,7 @@ def start(
         client = EngineClient(engine.address, "engine-key", timeout)
         maker = PromptMaker(client_part, transport, 512)
         text = transport is Transport.TEXT
-        made: Engine = TextEngine(client, vllm=True) if text else VllmEngine(client, maker.reference(), transport)
+        made: Engine = TextEngine(client) if text else VllmEngine(client, maker.reference(), transport)
         dictionary = Dictionary({"bluebird": Kind.ORGANISATION})
         detection = standard(mode=mode, lists=GAZETTEER, dictionary=dictionary)
         parts = protection(detection, ListSampler(), Ledger.open(tmp_path / "ledger.db"))

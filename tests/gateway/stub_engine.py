@@ -103,8 +103,12 @@ class StubEngine:
                 engine.bodies.append(body)
                 if self.path == "/tokenize":
                     assert engine.directory is not None
+                    if engine.behaviour == "no vLLM":
+                        self._send(404, b'{"error": "Not Found"}', "application/json")
+                        return
                     tokens = engine.directory.tokenizer.encode(body["prompt"], add_special_tokens=False)
-                    self._json({"tokens": tokens[::-1] if engine.behaviour == "other tokenizer" else tokens})
+                    tokens = tokens[::-1] if engine.behaviour == "other tokenizer" else tokens
+                    self._json({"tokens": tokens, "count": len(tokens), "max_model_len": 512, "token_strs": None})
                     return
                 self._generate(body)
 

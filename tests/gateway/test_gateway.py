@@ -12,6 +12,7 @@ import pytest
 from cloister.gateway.engine import Transport
 from cloister.privacy.detector import Mode
 from tests.gateway.conftest import Running
+from tests.gateway.stub_engine import StubEngine
 
 Start = Callable[..., Running]
 
@@ -120,6 +121,15 @@ def test_sessions_are_apart(start: Start) -> None:
     first, second = running.engine.bodies
     assert first["cache_salt"] != second["cache_salt"]
     assert first["messages"] != second["messages"]
+
+
+def test_a_server_that_is_no_vllm_gets_no_field_of_vllm(start: Start, engine: StubEngine) -> None:
+    engine.behaviour = "no vLLM"
+    running = start()
+    ask(running)
+    assert "cache_salt" not in engine.bodies[0]
+    attestation = json.load(urllib.request.urlopen(f"{running.url}/v1/attestation"))
+    assert attestation["engine"]["cache_salt"] is False
 
 
 def test_a_conversation_goes_on_under_the_replacements(start: Start) -> None:

@@ -6,8 +6,9 @@ Covers: servers that apply the chat template themselves. Does not cover: whether
 from collections.abc import AsyncIterator
 from typing import Any
 
-from cloister.errors import EngineProtocolError
+from cloister.errors import EngineProtocolError, RequestError
 from cloister.gateway.completions import StreamReader
+from cloister.gateway.embedding import PUBLIC_TEXTS
 from cloister.gateway.engine import EngineRequest
 from cloister.gateway.http import EngineClient
 from cloister.server.schema import Delta
@@ -18,11 +19,11 @@ class TextEngine:
 
     trusted = False
 
-    def __init__(self, client: EngineClient, model: str = "", *, vllm: bool = False) -> None:
-        """Takes the model's name (the server's first, if empty); `vllm` adds the fields that only vLLM knows."""
+    def __init__(self, client: EngineClient, model: str = "") -> None:
+        """Takes the model's name (the server's first, if empty)."""
         self._client = client
         self._model = model
-        self._vllm = vllm
+        self._vllm = False
 
     @property
     def model(self) -> str:
@@ -31,15 +32,22 @@ class TextEngine:
 
     def describe(self) -> dict[str, Any]:
         """See `Engine`."""
-        return {"address": self._client.address, "transport": "text", "model": self._model, "attested": False}
+        return {
+            "address": self._client.address,
+            "transport": "text",
+            "model": self._model,
+            "attested": False,
+            "cache_salt": self._vllm,
+        }
 
     async def start(self) -> None:
-        """Asks for the server's models.
+        """Asks for the server's models, and whether it is a vLLM: only that one knows `cache_salt`, and others may refuse it.
 
         Raises:
             GatewayError: it cannot be reached, or does not serve the model.
         """
         self._model = (await served_model(self._client, self._model))[0]
+        self._vllm = await _is_vllm(self._client, self._model)
 
     async def attestation(self, nonce: bytes) -> None:
         """See `Engine`: it is not attested."""
@@ -80,6 +88,17 @@ class TextEngine:
     async def close(self) -> None:
         """See `Engine`."""
         await self._client.close()
+
+
+async def _is_vllm(client: EngineClient, model: str) -> bool:
+    """Returns whether a server cuts a public text into tokens as vLLM's `/tokenize` does."""
+    try:
+        answer = await client.post(
+            "/tokenize", {"model": model, "prompt": PUBLIC_TEXTS[0], "add_special_tokens": False}
+        )
+    except (EngineProtocolError, RequestError):  # it has no such path, or means something else by it
+        return False
+    return isinstance(answer.get("tokens"), list) and {"count", "max_model_len"} <= answer.keys()
 
 
 async def served_model(client: EngineClient, wanted: str) -> tuple[str, int | None]:
