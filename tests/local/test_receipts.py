@@ -1,6 +1,7 @@
 """Receipts of an enclave of this machine, with a real process: what is signed, what is refused, what it takes to ask."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from cloister.attest.measure import measure, this_program
 from cloister.attest.policy import Policy, SimPolicy
 from cloister.attest.receipt import verify_receipt
 from cloister.attest.roots import Roots
+from cloister.cli import receipts
 from cloister.errors import AttesterError, ChannelError, ReceiptError, RequestError
 from cloister.local.client import LLM
 from cloister.local.receipts import own_root
@@ -87,6 +89,18 @@ def test_what_was_not_answered_is_not_signed_and_a_bad_hello_gets_no_offer(llm: 
         with pytest.raises(ChannelError):
             llm._ask(AskOffer(hello), Offered)
     assert llm.generate(PROMPT, **GREEDY).text
+
+
+def test_what_is_kept_of_an_answer_is_readable_by_its_owner_only(llm: LLM, tmp_path: Path) -> None:
+    reply = llm.generate(PROMPT, **GREEDY)
+    assert list(reply.deltas())
+    before = os.umask(0)
+    try:
+        receipts.keep(reply, tmp_path / "kept.json")
+    finally:
+        os.umask(before)
+    kept = {path.suffix: path.stat().st_mode & 0o777 for path in tmp_path.glob("kept.*")}
+    assert kept == {".json": 0o600, ".request": 0o600, ".response": 0o600}
 
 
 def test_a_model_that_is_closed_gives_no_receipt_any_more_and_a_measured_one_says_what_ran(

@@ -42,6 +42,8 @@ def check_place(path: Path | None) -> None:
 def keep(reply: "Reply", path: Path) -> None:
     """Writes the receipt of a finished answer, with its request and response beside it; each completely or not at all.
 
+    They hold prompt and answer, so each is readable by its owner only.
+
     Raises:
         SettingsError: they cannot be written. What `Reply.receipt` raises is raised too.
     """
@@ -84,7 +86,7 @@ def own_trust(reply: "Reply") -> str:
 def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with temporary.open("xb") as file:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
