@@ -20,10 +20,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloister.attest.binding import Binding
 from cloister.attest.document import Attestation, attestation_url
-from cloister.attest.receipt import Checks, Receipt, SignedStatement, Statement
+from cloister.attest.receipt import MAX_RECEIPT_BYTES, Checks, Receipt, SignedStatement, Statement
 from cloister.attest.session import prover
 from cloister.attest.sim import Installation, SimAttester
-from cloister.errors import AttestationError
+from cloister.cli import verify_inputs
+from cloister.errors import AttestationError, SettingsError
 from cloister.wire.channel_messages import VERSION, Hello, Offer, Suite
 
 MEASUREMENT = bytes([8]) * 32
@@ -333,6 +334,20 @@ def test_a_receipt_is_verified_offline(
     late = json.loads(run("verify", path, *trusting, *both, "--at", "2099-01-01", code=10).stdout)
     assert "collateral-time" in late["failed"]
     assert late["statement"] is None, "nothing that a refused receipt says is repeated"
+
+
+def test_a_request_longer_than_any_receipt_is_hashed_whole_or_refused(
+    run: Run, installation: Installation, trusting: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, asked = tmp_path / "receipt.json", tmp_path / "request"
+    long = bytes(MAX_RECEIPT_BYTES) + b"its end"
+    asked.write_bytes(long)
+    made = receipt(installation, Ed25519PrivateKey.generate(), request=hashlib.sha256(long).digest())
+    path.write_bytes(made.encode())
+    run("verify", path, *trusting, "--request", asked, code=0)
+    monkeypatch.setattr(verify_inputs, "MAX_EXCHANGED_BYTES", MAX_RECEIPT_BYTES)
+    with pytest.raises(SettingsError, match="is longer than"):
+        verify_inputs.exchanged(asked)
 
 
 def test_forged_and_damaged_receipts_are_refused(

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from cloister.cli import options as o
 from cloister.cli.display import stderr, stdout
-from cloister.cli.verify_inputs import Bare, content, question
+from cloister.cli.verify_inputs import Bare, content, exchanged, question
 from cloister.cli.verify_judge import Expected, Report, judge, parse_hex, run_vector, unreadable
 from cloister.errors import EvidenceError, EvidenceUnsupportedError
 
@@ -111,8 +111,8 @@ def verify(
             measurements=tuple(measurement or ()),
             roots=tuple(root or ()),
             report_data=parse_hex(report_data, "--report-data") if report_data else None,
-            request=content(request) if request else None,
-            response=content(response) if response else None,
+            request=exchanged(request) if request else None,
+            response=exchanged(response) if response else None,
             model_roots=frozenset(parse_hex(text, "--model-root") for text in model_root) if model_root else None,
         )
         bare = Bare(kind, collateral, tuple(certificate or ())) if kind else None

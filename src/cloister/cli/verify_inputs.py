@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 CLOISTER: Final = "cloister://"
 """Begins the address of a server of the sealed channel."""
 HOST_SECONDS: Final = 20.0
+MAX_EXCHANGED_BYTES: Final = 2**28
+"""The longest request or response that is compared with a receipt."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,25 @@ def content(path: Path) -> bytes:
             return file.read(MAX_RECEIPT_BYTES + 1)
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def exchanged(path: Path) -> bytes:
+    """Returns a request or a response, whole: its hash is compared.
+
+    Raises:
+        SettingsError: it cannot be read, or is longer than `MAX_EXCHANGED_BYTES`.
+    """
+    try:
+        with path.open("rb") as file:
+            found = file.read(MAX_EXCHANGED_BYTES + 1)
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}.") from error
+    if len(found) > MAX_EXCHANGED_BYTES:
+        raise SettingsError(
+            f"{path} is longer than {MAX_EXCHANGED_BYTES} bytes, so it is not compared with the receipt.",
+            remedy="Leave it out to judge the receipt alone.",
+        )
+    return found
 
 
 def _read(document: bytes, nonce: bytes | None) -> Question:
