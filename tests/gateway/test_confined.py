@@ -323,10 +323,23 @@ def test_what_cannot_be_opened_says_why(asked: Asked, candidates: Path, tmp_path
         ({"candidates": ""}, CandidatesError, "cloister candidates build"),
         ({"epsilon": "1/2"}, CandidatesError, "1/2|0.5"),
         ({"detectors": ("magic",)}, SettingsError, "no detector"),
+        ({"detectors": ("rules", "spacy:" + "m" * 5000)}, SettingsError, r"length <= 4096 .*detectors\[1\]"),
+        ({"mode": "m" * 300}, SettingsError, "length <= 256 .*mode"),
     ]
     for change, kind, says in cases:
         with pytest.raises(kind, match=says):
             SanitisingEnclave(asked.opening(**change))
+
+
+def test_a_folder_of_a_spacy_model_may_be_relative(
+    asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spacy = pytest.importorskip("spacy", reason="spaCy is not installed")
+    (tmp_path / "models").mkdir()
+    spacy.blank("en").to_disk(tmp_path / "models" / "en")
+    monkeypatch.chdir(tmp_path)
+    with SanitisingEnclave(asked.opening(detectors=("spacy:models/en",))) as enclave:
+        assert json.loads(enclave.ready.policy)["detectors"] == [f"spacy:{tmp_path}/models/en"]
 
 
 def test_a_ledger_that_is_damaged_or_spent(asked: Asked, tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Final
 
-from cloister.errors import EnclaveLostError, LedgerError
+import msgspec
+
+from cloister.errors import EnclaveLostError, LedgerError, SettingsError
 from cloister.gateway.confined import ConfinedGuard
 from cloister.isolation import bubblewrap
 from cloister.local.broker_link import BrokerLink, stand_in_files
@@ -25,6 +27,8 @@ from cloister.wire.sanitising import OpenGateway, OpenSplit, Ready, Reference
 
 KEPT_VARIABLES: Final = ("PATH", "LANG", "LC_ALL", "HOME")
 """Environment variables that the process inherits."""
+SPACY: Final = "spacy:"
+"""Begins the name of a detector that is a spaCy model, by name or folder."""
 _OPENING_SECONDS: Final = 900.0
 _ENDING_SECONDS: Final = 10.0
 
@@ -36,9 +40,11 @@ class SanitisingEnclave:
         """Starts it and opens what is asked for; `broker`: address of the package's owner's broker, empty for this user's own.
 
         Raises:
+            SettingsError: a setting is too long, or too many are given.
             CloisterError: what is asked for cannot be opened, or the broker refuses; the error says why.
             EnclaveLostError: the process ended instead.
         """
+        asked = _checked(asked)
         link = BrokerLink(broker) if is_package(Path(asked.model)) else None
         with closing(link) if link is not None else nullcontext():
             with ExitStack() as failed:
@@ -137,9 +143,28 @@ class SanitisingEnclave:
         return f"the process ended (exit code {code}): {lines[-1][:200] if lines else 'it wrote nothing'}"
 
 
+def _checked(asked: OpenGateway | OpenSplit) -> OpenGateway | OpenSplit:
+    """Returns what is asked for, with folders of spaCy models absolute, and within the limits of the enclave's messages."""
+    if isinstance(asked, OpenGateway):
+        asked = msgspec.structs.replace(asked, detectors=tuple(map(_absolute, asked.detectors)))
+    try:
+        return msgspec.convert(msgspec.to_builtins(asked), type(asked))
+    except msgspec.ValidationError as error:
+        raise SettingsError(
+            f"The sanitising enclave cannot be asked for this: {error}.", remedy="Shorten what it names."
+        ) from None
+
+
+def _absolute(detector: str) -> str:
+    folder = detector.removeprefix(SPACY)
+    if folder == detector or "/" not in folder:
+        return detector
+    return SPACY + str(Path(folder).expanduser().resolve())
+
+
 def _files(asked: OpenGateway | OpenSplit) -> tuple[str, ...]:
     if isinstance(asked, OpenGateway):
-        models = [str(Path(name.removeprefix("spacy:")).resolve()) for name in asked.detectors if "/" in name]
+        models = [name.removeprefix(SPACY) for name in asked.detectors if "/" in name]
         return asked.candidates, asked.dictionary, asked.public_words, *models
     return (asked.corpus,)
 

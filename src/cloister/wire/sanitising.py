@@ -45,7 +45,8 @@ class OpenGateway(_Message, frozen=True, kw_only=True):
     """A fraction, such as `1/2`."""
     budget: float
     mode: _Word
-    detectors: Annotated[tuple[_Word, ...], msgspec.Meta(max_length=16)]
+    detectors: Annotated[tuple[_Path, ...], msgspec.Meta(max_length=16)]
+    """By name; a spaCy model also by its folder."""
     dictionary: _Path = ""
     public_words: _Path = ""
     transport: _Word
