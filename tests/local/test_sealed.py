@@ -13,7 +13,7 @@ import pytest
 import cloister
 from cloister.assets import demo_model
 from cloister.errors import BrokerError, KeyRefusedError, SealError
-from cloister.isolation.confinement import kernel_cache
+from cloister.isolation.code_cache import PACKAGE, kernel_variables
 from cloister.local.broker_link import owner_folder, stand_in_file
 from cloister.local.client import LLM
 from cloister.local.confined import ConfinedServer
@@ -186,7 +186,8 @@ def test_a_whole_session_writes_nothing_that_it_must_keep(owner: Path, tmp_path:
         for line in log.read_text(errors="replace").splitlines()
         if (found := OPENED.search(line)) and re.search("O_WRONLY|O_RDWR|O_CREAT|O_TMPFILE", found[3])
     }
-    allowed = (owner, Path("/dev/null"), Path("/proc"), *map(Path, kernel_cache()))
+    kernels = [Path(folder) for role in ("enclave", "worker") for folder in kernel_variables(role).values()]
+    allowed = (owner, Path("/dev/null"), Path("/proc"), PACKAGE, *kernels)  # PACKAGE: bytecode
     assert not [path for path in written if not any(path.is_relative_to(place) for place in allowed)]
     assert any(path.name.startswith("broker.db") for path in written)  # the broker's log: the list is not empty
     assert not list(temporary.iterdir())

@@ -21,10 +21,12 @@ from cloister.errors import (
     AcceleratorLostError,
     AcceleratorProtocolError,
     AcceleratorTimeoutError,
+    IsolationError,
     WireError,
 )
 from cloister.isolation.bubblewrap import confined_command, start
-from cloister.isolation.confinement import Confinement, kernel_cache
+from cloister.isolation.code_cache import kernel_variables
+from cloister.isolation.confinement import Confinement
 from cloister.settings import Backend
 from cloister.wire.codec import (
     HEADER_BYTES,
@@ -51,8 +53,8 @@ SEND_SECONDS: Final = 1.0
 """Longest wait for room for one header. Only a worker that answers without reading can let the socket fill up."""
 
 KEPT_VARIABLES: Final = (
-    "PATH", "LANG", "LC_ALL", "HOME", "TMPDIR", "NUMBA_CACHE_DIR",
-    "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "TRITON_CACHE_DIR",
+    "PATH", "LANG", "LC_ALL", "HOME", "TMPDIR",
+    "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH",
 )  # fmt: skip
 """Environment variables that a worker inherits."""
 
@@ -332,15 +334,13 @@ def launch_worker(label: str, backend: Backend, threads: int) -> "tuple[socket.s
         AcceleratorLostError: no process can be started.
     """
     try:
-        compiler = compiler_variables() if backend is Backend.CUDA else {}
-    except OSError as error:
+        caches = kernel_variables("worker") | (compiler_variables() if backend is Backend.CUDA else {})
+    except IsolationError as error:
         raise AcceleratorLostError(
-            f"The worker {label} cannot be started: no folder for compiled kernels ({error.strerror}).",
-            remedy="Set TRITON_CACHE_DIR to a folder that can be written.",
+            f"The worker {label} cannot be started: {error.message}", remedy=error.remedy
         ) from error
-    writable = tuple(dict.fromkeys((*kernel_cache(), *compiler.values())))
-    confinement = Confinement(write=writable, gpu=backend is Backend.CUDA)
-    environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ} | compiler
+    confinement = Confinement(write=tuple(dict.fromkeys(caches.values())), gpu=backend is Backend.CUDA)
+    environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ} | caches
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         arguments = ["--fd", str(theirs.fileno()), "--backend", backend.value, "--threads", str(threads)]

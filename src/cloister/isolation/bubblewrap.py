@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import msgspec
 
+from cloister.isolation.code_cache import compile_bytecode, require_no_code
 from cloister.isolation.confinement import (
     GPU_FILES,
     SYSTEM_FILES,
@@ -50,7 +51,13 @@ def find() -> Path | None:
 def confined_command(
     confinement: Confinement, module: str, environment: Mapping[str, str], *arguments: str
 ) -> list[str]:
-    """Returns the command that starts a module of this package confined: inside bubblewrap where there is one."""
+    """Returns the command that starts a module of this package confined: inside bubblewrap where there is one.
+
+    Raises:
+        IsolationError: it could write where programs are loaded from.
+    """
+    require_no_code(confinement.write)
+    compile_bytecode()
     program = find()
     if program is None:
         return command(confinement, module, *arguments)

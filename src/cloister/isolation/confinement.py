@@ -134,26 +134,6 @@ def interpreter_files() -> list[Path]:
     return sorted({Path(place).resolve() for place in (*places, package, str(Path(sys.executable).resolve()))})
 
 
-def kernel_cache() -> list[str]:
-    """Returns the folders in which compiled kernels are kept, made where absent: the one that was chosen, or those beside the
-    source, or (where the source cannot be written) the user's. In this order Numba looks for them.
-    """
-    chosen = os.environ.get("NUMBA_CACHE_DIR")
-    package = Path(__file__).resolve().parents[1]
-    beside = [init.parent / "__pycache__" for init in sorted(package.rglob("__init__.py"))]
-    folders = [Path(chosen)] if chosen else beside
-    try:
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-        if all(os.access(folder, os.W_OK) for folder in folders):
-            return [str(folder) for folder in folders]
-    except OSError:
-        pass
-    user = Path.home() / ".cache" / "numba"
-    user.mkdir(parents=True, exist_ok=True)
-    return [str(user)]
-
-
 def gpu_devices() -> list[Path]:
     """Returns the device files of GPUs; none on a machine without."""
     return sorted(Path("/dev").glob(GPU_DEVICES))

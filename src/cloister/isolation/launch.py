@@ -1,4 +1,4 @@
-"""Starts a module of this package confined: `python -I -m cloister.isolation.launch CONFINEMENT MODULE ARGUMENT...`.
+"""Starts a module of this package confined: `python -I -B -m cloister.isolation.launch CONFINEMENT MODULE ARGUMENT...`.
 
 Nothing but the standard library and this folder is loaded before the confinement holds, so that no library has made threads.
 The module's `main` finds its arguments in sys.argv, and what holds in `cloister.isolation.launch.applied()`.
@@ -13,8 +13,8 @@ _ALLOWED = ("cloister.local.enclave_process", "cloister.local.sanitising_process
 
 
 def command(confinement: Confinement, module: str, *arguments: str) -> list[str]:
-    """Returns the command that starts a module confined."""
-    return [sys.executable, "-I", "-m", "cloister.isolation.launch", confinement.encode(), module, *arguments]
+    """Returns the command that starts a module confined; it writes no bytecode."""
+    return [sys.executable, "-I", "-B", "-m", "cloister.isolation.launch", confinement.encode(), module, *arguments]
 
 
 def applied() -> Applied | None:

@@ -20,6 +20,7 @@ import msgspec
 from cloister import errors
 from cloister.errors import CloisterError, EnclaveLostError, RequestError
 from cloister.isolation.bubblewrap import start
+from cloister.isolation.code_cache import kernel_variables
 from cloister.local.broker_link import BrokerLink, stand_in_files
 from cloister.local.receipts import LocalReceipts
 from cloister.local.reply import Record, Reply
@@ -54,7 +55,7 @@ from cloister.wire.session import (
 Listener = Callable[[Progress | Event | StatusReport], None]
 """Called with progress while loading, with running totals while generating, and with every accelerator failure."""
 
-KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "HOME", "TMPDIR", "NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS")
+KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "HOME", "TMPDIR", "NUMBA_NUM_THREADS")
 """Environment variables that the enclave process inherits; everything else stays outside."""
 
 
@@ -89,7 +90,9 @@ class LLM:
         self._generating = self._closed = False
         log = os.fdopen(os.memfd_create("cloister-enclave-log"), "w+b")  # in memory: it may quote anything
         self._log: IO[bytes] = log
-        environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+        environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ} | kernel_variables(
+            "enclave"
+        )
         ours, theirs = socket.socketpair()
         self._session = SessionSocket(ours)
         self._workers = WorkerStarter(settings.accelerator)

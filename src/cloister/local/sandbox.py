@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from cloister.isolation.bubblewrap import confined_command
-from cloister.isolation.confinement import Confinement, kernel_cache
+from cloister.isolation.code_cache import kernel_variables
+from cloister.isolation.confinement import Confinement
 from cloister.settings import Settings
 
 MODULE: Final = "cloister.local.enclave_process"
@@ -33,7 +34,9 @@ def enclave_confinement(folders: Iterable[Path], settings: Settings) -> Confinem
     if ports:
         read.update(_NAMES)
     return Confinement(
-        read=tuple(sorted(path for path in read if Path(path).exists())), write=tuple(kernel_cache()), connect=ports
+        read=tuple(sorted(path for path in read if Path(path).exists())),
+        write=tuple(kernel_variables("enclave").values()),
+        connect=ports,
     )
 
 

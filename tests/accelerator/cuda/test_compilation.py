@@ -13,7 +13,8 @@ from cloister.accelerator.cuda.cache import compiler_variables
 from cloister.accelerator.cuda.configurations import Family, all_families, family_of, parse_family
 from cloister.errors import SettingsError
 from cloister.isolation import bubblewrap
-from cloister.isolation.confinement import Confinement, kernel_cache
+from cloister.isolation.code_cache import kernel_variables
+from cloister.isolation.confinement import Confinement
 
 SHARED_BYTES = {8: 99 * 1024, 9: 227 * 1024, 10: 227 * 1024, 12: 99 * 1024}
 """Shared memory that one program may use, by major compute capability; the smallest of the family."""
@@ -144,10 +145,11 @@ def test_a_confined_worker_can_compile_and_writes_nowhere_else(tmp_path: Path, i
     pytest.importorskip("triton", reason="triton is not installed: the GPU kernels are not compiled")
     kept, elsewhere = tmp_path / "cache", tmp_path / "elsewhere"
     kept.mkdir()
-    confinement = Confinement(write=(*kernel_cache(), str(kept)), gpu=True, inside=inside)
+    kernels = kernel_variables("worker")
+    confinement = Confinement(write=(*kernels.values(), str(kept)), gpu=True, inside=inside)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p.endswith("src")), "TMPDIR": str(kept)}
-    environment["TRITON_CACHE_DIR"] = str(kept)
+    environment |= {"TRITON_CACHE_DIR": str(kept)} | kernels
     line = [sys.executable, "-W", "ignore", "-c", CONFINED, str(elsewhere), confinement.encode()]
     if inside:
         program = bubblewrap.find()
@@ -164,8 +166,10 @@ def test_a_confined_worker_can_compile_and_writes_nowhere_else(tmp_path: Path, i
 
 def test_the_compiler_has_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "chosen"))
-    assert compiler_variables() == dict.fromkeys(("TRITON_CACHE_DIR", "TMPDIR"), str(tmp_path / "chosen"))
+    variables = compiler_variables()
+    assert set(variables) == {"TRITON_CACHE_DIR", "TMPDIR"}
+    assert Path(variables["TMPDIR"]).parent == tmp_path / "chosen" / "worker-triton"
     monkeypatch.delenv("TRITON_CACHE_DIR")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert Path(compiler_variables()["TMPDIR"]) == tmp_path / ".triton" / "cache"
-    assert (tmp_path / ".triton" / "cache").is_dir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert Path(compiler_variables()["TMPDIR"]).parent == tmp_path / "cloister" / "worker-triton"
+    assert Path(compiler_variables()["TMPDIR"]).is_dir()

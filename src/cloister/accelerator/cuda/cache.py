@@ -1,15 +1,13 @@
 """Where Triton keeps compiled kernels: the one folder that a confined worker with a GPU writes, temporary files included."""
 
-import os
-from pathlib import Path
+from cloister.isolation.code_cache import code_folder
 
 
 def compiler_variables() -> dict[str, str]:
     """Returns the environment variables that keep the compiler's files in one folder, which is made where absent.
 
-    The folder is `TRITON_CACHE_DIR` if that is set, else the compiler's own default in the home directory.
+    It is the workers' alone, below `TRITON_CACHE_DIR` if that is set: what they write there, nobody else runs. Errors as for
+    `isolation.code_cache.code_folder`.
     """
-    chosen = os.environ.get("TRITON_CACHE_DIR")
-    folder = Path(chosen) if chosen else Path.home() / ".triton" / "cache"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return {"TRITON_CACHE_DIR": str(folder), "TMPDIR": str(folder)}
+    folder = str(code_folder("worker", "TRITON_CACHE_DIR", "triton"))
+    return {"TRITON_CACHE_DIR": folder, "TMPDIR": folder}
