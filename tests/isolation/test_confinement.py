@@ -211,6 +211,21 @@ def test_a_kernel_without_seccomp_refuses_to_start(monkeypatch: pytest.MonkeyPat
         confine(Confinement())
 
 
+@pytest.mark.parametrize(("version", "ports", "named"), [(3, (1,), True), (3, (), False), (4, (1,), False)])
+def test_a_kernel_that_does_not_know_ports_says_so(
+    monkeypatch: pytest.MonkeyPatch, version: int, ports: tuple[int, ...], named: bool
+) -> None:
+    from cloister.isolation import confinement
+
+    for name in ("harden", "_leave_name_spaces", "_drop_capabilities", "_landlock"):
+        monkeypatch.setattr(confinement, name, lambda *_, **__: None)
+    monkeypatch.setattr(confinement.seccomp, "deny", lambda _: None)
+    monkeypatch.setattr(confinement.landlock, "abi", lambda: version)
+    applied = confine(Confinement(connect=ports))
+    assert "Landlock" in applied.layers
+    assert bool([reason for reason in applied.missing if "TCP ports" in reason]) is named
+
+
 FORKED = """
 import ctypes, os, sys
 from cloister.errors import IsolationError

@@ -56,7 +56,7 @@ class Confinement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     write: _Paths = ()
     """Folders that it may write."""
     connect: tuple[int, ...] = ()
-    """TCP ports that it may connect to; any makes it keep the machine's network."""
+    """TCP ports that it may connect to; any makes it keep the machine's network, UDP without limits."""
     gpu: bool = False
     """Whether it may use a GPU. Such a process may start programs of the system (compilers of kernels)."""
     inside: bool = False
@@ -110,9 +110,12 @@ def confine(wanted: Confinement) -> Applied:
             missing.append(f"name spaces ({error.strerror or error})")
     try:
         _drop_capabilities()
-        if landlock.abi() >= 1:
+        version = landlock.abi()
+        if version >= 1:
             _landlock(wanted)
             layers.append("Landlock")
+            if wanted.connect and version < landlock.PORTS_ABI:
+                missing.append("Landlock's TCP ports (Linux 6.7 or newer: any port can be reached)")
         else:
             missing.append("Landlock (not in this kernel)")
         denied = [
@@ -150,7 +153,6 @@ def _landlock(wanted: Confinement) -> None:
         execute=system if wanted.gpu else [],
         write=write,
         connect=wanted.connect,
-        network=False,
     )
 
 

@@ -28,6 +28,8 @@ _CONNECT_TCP: Final = 2
 _SCOPES: Final = 3
 _RULE_PATH: Final = 1
 _RULE_PORT: Final = 2
+PORTS_ABI: Final = 4
+"""The first version that restricts TCP ports (Linux 6.7)."""
 _RIGHTS_BY_ABI: Final = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
 """How many file rights each ABI knows."""
 
@@ -44,22 +46,20 @@ def abi() -> int:
         return 0
 
 
-def restrict(
-    read: Iterable[Path], write: Iterable[Path], execute: Iterable[Path], connect: Iterable[int], *, network: bool
-) -> None:
+def restrict(read: Iterable[Path], write: Iterable[Path], execute: Iterable[Path], connect: Iterable[int]) -> None:
     """Confines the calling thread and everything that starts from it; call it before there are other threads.
 
     Files below `read` may be read, below `write` also written and made, below `execute` also executed; what is absent is left
-    out. TCP connections go to the ports `connect` alone, unless `network` leaves TCP as it is.
+    out. TCP connections go to the ports `connect` alone, where the kernel knows ports (`PORTS_ABI`).
 
     Raises:
         OSError: the kernel refuses.
     """
     version = abi()
     every = (1 << _RIGHTS_BY_ABI[min(version, 5)]) - 1
-    handles_network = version >= 4 and not network
+    handles_network = version >= PORTS_ABI
     attributes = _Attributes(every, _BIND_TCP | _CONNECT_TCP if handles_network else 0, _SCOPES if version >= 6 else 0)
-    size = 24 if version >= 6 else 16 if version >= 4 else 8
+    size = 24 if version >= 6 else 16 if version >= PORTS_ABI else 8
     rules = kernel.syscall(
         "landlock_create_ruleset", ctypes.byref(attributes), ctypes.c_size_t(size), ctypes.c_uint32(0)
     )
