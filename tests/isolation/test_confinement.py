@@ -198,6 +198,14 @@ def test_what_the_interpreter_needs_is_named() -> None:
     assert Path("/") not in folders
 
 
+def test_a_model_beside_what_bubblewrap_makes_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "lexists", lambda _: True)
+    line = bubblewrap.wrapped(Path("/usr/bin/bwrap"), [], Confinement(read=("/development/llama", "/dev/shm/x")), {})
+    bound = [line[at + 1] for at, word in enumerate(line) if word == "--ro-bind"]
+    assert "/development/llama" in bound
+    assert not [path for path in bound if path.startswith(("/dev/", "/proc/"))]
+
+
 def test_a_kernel_without_seccomp_refuses_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
     from cloister.isolation import confinement
 

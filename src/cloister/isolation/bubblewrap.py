@@ -22,12 +22,14 @@ from cloister.isolation.code_cache import compile_bytecode, require_no_code
 from cloister.isolation.confinement import (
     GPU_FILES,
     SYSTEM_FILES,
-    WRITABLE_DEVICES,
     Confinement,
     gpu_devices,
     interpreter_files,
 )
 from cloister.isolation.launch import command
+
+_MADE: Final = (("/", "proc"), ("/", "dev"))
+"""What bubblewrap makes itself."""
 
 PLACES: Final = ("/usr/bin/bwrap", "/usr/local/bin/bwrap")
 
@@ -111,8 +113,7 @@ def wrapped(program: Path, command: list[str], confinement: Confinement, environ
 
 def _outermost(paths: list[Path]) -> list[Path]:
     """Returns the paths without those below another, and without what bubblewrap makes itself."""
-    made = ("/proc", "/dev", *WRITABLE_DEVICES)
-    wanted = sorted({path for path in paths if not str(path).startswith(made) and os.path.lexists(path)})
+    wanted = sorted({path for path in paths if path.parts[:2] not in _MADE and os.path.lexists(path)})
     return [path for path in wanted if not any(other in path.parents for other in wanted)]
 
 
