@@ -198,6 +198,19 @@ def test_what_the_interpreter_needs_is_named() -> None:
     assert Path("/") not in folders
 
 
+def test_the_folder_of_a_script_is_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "from cloister.isolation.confinement import interpreter_files\nprint(*interpreter_files(), sep='\\n')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path.home())}
+    line = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(line, capture_output=True, text=True, check=True, env=environment)
+    shown = set(map(Path, done.stdout.split("\n")[:-1]))
+    assert not {tmp_path, *tmp_path.parents, Path.home()} & shown
+    assert Path(__file__).parents[2] / "src" not in shown
+    assert any(Path(pytest.__file__).is_relative_to(folder) for folder in shown)
+
+
 def test_a_model_beside_what_bubblewrap_makes_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os.path, "lexists", lambda _: True)
     line = bubblewrap.wrapped(Path("/usr/bin/bwrap"), [], Confinement(read=("/development/llama", "/dev/shm/x")), {})

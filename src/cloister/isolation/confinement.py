@@ -131,10 +131,14 @@ def confine(wanted: Confinement) -> Applied:
 
 
 def interpreter_files() -> list[Path]:
-    """Returns the folders of the interpreter, its library, and every folder that modules are loaded from."""
-    places = {sys.prefix, sys.base_prefix, sys.exec_prefix, sysconfig.get_path("stdlib"), *(p for p in sys.path if p)}
-    package = str(Path(__file__).resolve().parents[1])
-    return sorted({Path(place).resolve() for place in (*places, package, str(Path(sys.executable).resolve()))})
+    """Returns the folders of the interpreter, its library, installed packages and this package.
+
+    Other folders that modules are loaded from here are not among them: the folder of a script, the one that it was started in.
+    """
+    prefixes = {sys.prefix, sys.base_prefix, sys.exec_prefix, sysconfig.get_path("stdlib")}
+    installed = {place for place in sys.path if Path(place).name in ("site-packages", "dist-packages")}
+    package = Path(__file__).resolve().parents[1]
+    return sorted({Path(place).resolve() for place in (*prefixes, *installed, package, sys.executable)})
 
 
 def gpu_devices() -> list[Path]:
