@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from cloister.errors import IsolationError
-from cloister.isolation import bubblewrap, landlock
+from cloister.isolation import bubblewrap, kernel, landlock
 from cloister.isolation.confinement import Confinement, confine, interpreter_files
 from cloister.isolation.launch import command
 from tests.isolation.test_secret_memory import Holder
 
 PROBE = """
-import ctypes, json, os, socket, subprocess, sys, threading
+import ctypes, errno, json, os, socket, subprocess, sys, threading
 sys.path[:] = {path!r}
 from cloister.isolation.confinement import Confinement, confine
 from tests.isolation import readers
@@ -49,6 +49,27 @@ def traced():
 def spaces():
     if library.unshare(0x10000000):
         raise OSError(ctypes.get_errno(), "unshare")
+def cloned(flags):
+    if (pid := library.syscall({clone}, ctypes.c_ulong(flags | 17), None, None, None, None)) < 0:
+        raise OSError(ctypes.get_errno(), "clone")
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+def cloned_by_record():  # the first field of its record is the flags
+    record = (ctypes.c_uint64 * 11)(0x10000000, 0, 0, 0, 17)
+    if (pid := library.syscall(435, record, ctypes.c_size_t(88))) < 0:
+        raise OSError(ctypes.get_errno(), "clone3")
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+def entered():
+    if library.setns(os.open("/proc/self/ns/uts", os.O_RDONLY), 0):
+        raise OSError(ctypes.get_errno(), "setns")
+def named(action):
+    try:
+        return action() or "done"
+    except OSError as error:
+        return errno.errorcode[error.errno]
 def pathless():  # a memory file is no file of the disk, and may be made, but not run
     fd = os.memfd_create("program"); os.write(fd, open(words["allowed"], "rb").read()); os.execve(fd, ["x"], {{}})
 result = {{
@@ -68,6 +89,11 @@ result = {{
     "run memory": attempt(pathless),
     "ptrace": attempt(traced),
     "leave": attempt(spaces),
+    "enter": attempt(entered),
+    "fork": attempt(lambda: cloned(0)),
+    "thread": in_a_thread(lambda: None),
+    **{{f"clone {{flag:#x}}": named(lambda: cloned(flag)) for flag in {spaces!r}}},
+    "clone3": named(cloned_by_record),
     "signal": attempt(lambda: os.kill(words["pid"], 0)),
     "mem": readers.by_memory_file(words["pid"], words["address"], 32),
     "vm": readers.by_process_vm(words["pid"], words["address"], 32),
@@ -80,7 +106,9 @@ result = {{
 print(json.dumps(result))
 """
 
-ALLOWED = {"read allowed", "write allowed", "pair"}
+SPACES = [0x10000000, 0x10020000, 0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x20000000, 0x40000000]
+
+ALLOWED = {"read allowed", "write allowed", "pair", "fork", "thread"}
 
 
 @pytest.fixture
@@ -119,7 +147,7 @@ def words(tmp_path: Path, holder: Holder, listener: socket.socket, unix: str, **
 
 def probe(asked: dict[str, object], wrap: bool = False) -> dict[str, object]:
     root = Path(__file__).parents[2]
-    code = PROBE.format(path=[str(root), *sys.path])
+    code = PROBE.format(path=[str(root), *sys.path], spaces=SPACES, clone=kernel.architecture()[1]["clone"])
     line = [sys.executable, "-I", "-c", code, json.dumps(asked)]
     if wrap:
         program = bubblewrap.find()
@@ -143,6 +171,8 @@ def test_an_enclave_reaches_its_model_and_nothing_else(
         pytest.skip(f"this machine has no Landlock: {found['missing']}")
     for name in ("mem", "vm", "plain", "scan"):
         assert found.pop(name) == "refused", name
+    assert {found[f"clone {flag:#x}"] for flag in SPACES} == {"EPERM"}
+    assert found["clone3"] == "ENOSYS"
     assert int(str(found.pop("capabilities")), 16) == 0
     assert {name for name, outcome in found.items() if outcome == "done"} == ALLOWED
     assert not (tmp_path / "model" / "weights.new").exists()
@@ -164,6 +194,10 @@ def test_a_worker_reads_no_key_and_no_other_memory(
         "connect udp",
         "listen",
         "ptrace",
+        "leave",
+        "enter",
+        *(f"clone {flag:#x}" for flag in SPACES),
+        "clone3",
     ):
         assert found[name] != "done", name
     assert found["start a program"] == "done"

@@ -11,14 +11,14 @@ from typing import Final
 
 PR_SET_DUMPABLE: Final = 4
 PR_GET_DUMPABLE: Final = 3
-PR_SET_PDEATHSIG: Final = 1
 PR_SET_NO_NEW_PRIVS: Final = 38
-PR_CAPBSET_DROP: Final = 24
 
 CLONE_NEWNS: Final = 0x00020000
+CLONE_NEWCGROUP: Final = 0x02000000
 CLONE_NEWUTS: Final = 0x04000000
 CLONE_NEWIPC: Final = 0x08000000
 CLONE_NEWUSER: Final = 0x10000000
+CLONE_NEWPID: Final = 0x20000000
 CLONE_NEWNET: Final = 0x40000000
 
 _COMMON: Final = {
@@ -29,16 +29,16 @@ _X86: Final = {
     "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "kexec_load": 246, "init_module": 175,
     "finit_module": 313, "bpf": 321, "perf_event_open": 298, "userfaultfd": 323, "mount": 165, "umount2": 166,
     "pivot_root": 155, "setns": 308, "unshare": 272, "add_key": 248, "request_key": 249, "keyctl": 250,
-    "io_uring_setup": 425, "pidfd_getfd": 438, "open_by_handle_at": 304, "clone3": 435, "kcmp": 312,
+    "io_uring_setup": 425, "pidfd_getfd": 438, "open_by_handle_at": 304, "clone": 56, "clone3": 435, "kcmp": 312,
     "move_mount": 429, "fsopen": 430, "open_tree": 428, "chroot": 161, "reboot": 169, "swapon": 167, "acct": 163,
-    "capset": 126, "fork": 57, "vfork": 58,
+    "capset": 126,
 }  # fmt: skip
 _ARM: Final = {
     **_COMMON, "seccomp": 277, "socket": 198, "connect": 203, "bind": 200, "listen": 201, "execve": 221,
     "execveat": 281, "ptrace": 117, "process_vm_readv": 270, "process_vm_writev": 271, "kexec_load": 104,
     "init_module": 105, "finit_module": 273, "bpf": 280, "perf_event_open": 241, "userfaultfd": 282, "mount": 40,
     "umount2": 39, "pivot_root": 41, "setns": 268, "unshare": 97, "add_key": 217, "request_key": 218, "keyctl": 219,
-    "io_uring_setup": 425, "pidfd_getfd": 438, "open_by_handle_at": 265, "clone3": 435, "kcmp": 272,
+    "io_uring_setup": 425, "pidfd_getfd": 438, "open_by_handle_at": 265, "clone": 220, "clone3": 435, "kcmp": 272,
     "move_mount": 429, "fsopen": 430, "open_tree": 428, "chroot": 51, "reboot": 142, "swapon": 224, "acct": 89,
     "capset": 91,
 }  # fmt: skip

@@ -1,7 +1,8 @@
 """A seccomp filter: system calls that a confined process never needs fail with EPERM, in all its threads, for good.
 
-Covers: a list of names; programs of another architecture or of the x32 interface, which are ended.
-Does not cover: arguments, but for the family of a socket. Source: Linux, userspace-api/seccomp_filter; classic BPF.
+Covers: a list of names; clone with new name spaces; clone3, whose arguments a filter cannot see: it is said to be absent, and C
+libraries use clone; programs of another architecture, which are ended, and the x32 interface.
+Does not cover: other arguments. Source: Linux, userspace-api/seccomp_filter; classic BPF.
 """
 
 import ctypes
@@ -23,12 +24,19 @@ NETWORK: Final = ("socket", "connect", "bind", "listen")
 
 _ALLOW: Final = 0x7FFF0000
 _DENY: Final = 0x00050001  # EPERM
+_ABSENT: Final = 0x00050026  # ENOSYS
 _KILL: Final = 0x80000000
 _LOAD: Final = 0x20
 _EQUAL: Final = 0x15
 _AT_LEAST: Final = 0x35
+_ANY_BIT: Final = 0x45
 _RETURN: Final = 0x06
 _X32: Final = 0x40000000
+_NAME_SPACES: Final = (
+    kernel.CLONE_NEWNS | kernel.CLONE_NEWCGROUP | kernel.CLONE_NEWUTS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUSER
+    | kernel.CLONE_NEWPID | kernel.CLONE_NEWNET
+)  # fmt: skip
+"""Every name space that clone can make."""
 
 
 class _Program(ctypes.Structure):
@@ -36,23 +44,30 @@ class _Program(ctypes.Structure):
 
 
 def deny(names: Iterable[str]) -> None:
-    """Makes these system calls fail with EPERM from now on; needs no new privileges to have been set.
+    """Makes these system calls, and clone with new name spaces, fail with EPERM from now on, and clone3 with ENOSYS.
+
+    Needs no new privileges to have been set.
 
     Raises:
         OSError: the kernel refuses, or this processor is not known.
     """
     audit, numbers = kernel.architecture()
     denied = sorted({numbers[name] for name in names if name in numbers})
-    last = len(denied)
+    last = len(denied) + 5  # jumps are relative: so many steps lead from the x32 check to the refusal
     steps = [
         (_LOAD, 0, 0, 4),
         (_EQUAL, 1, 0, audit),
         (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, 0),
-        (_AT_LEAST, last + 1, 0, _X32),
-        *((_EQUAL, last - at, 0, number) for at, number in enumerate(denied)),
+        (_AT_LEAST, last, 0, _X32),
+        *((_EQUAL, last - at, 0, number) for at, number in enumerate(denied, 1)),
+        (_EQUAL, 5, 0, numbers["clone3"]),
+        (_EQUAL, 0, 2, numbers["clone"]),
+        (_LOAD, 0, 0, 16),  # the low half of the first argument: the flags
+        (_ANY_BIT, 1, 0, _NAME_SPACES),
         (_RETURN, 0, 0, _ALLOW),
         (_RETURN, 0, 0, _DENY),
+        (_RETURN, 0, 0, _ABSENT),
     ]
     code = ctypes.create_string_buffer(b"".join(struct.pack("<HBBI", *step) for step in steps))
     program = _Program(len(steps), ctypes.addressof(code))
