@@ -113,7 +113,7 @@ class Subject:
     adapters: tuple[tuple[str, Path], ...] = ()
     """Folders of adapters beside the model, by the names that requests choose them with."""
     isolated: bool = False
-    """Measure as if this were an enclave, which runs as `python -I`; without, as this process runs."""
+    """Measure as if this were an enclave, which runs as `python -I -B`; without, as this process runs."""
 
     def files(self) -> Iterator[tuple[Part, str, Path]]:
         """Yields every file with the name under which it is measured.
@@ -144,7 +144,7 @@ class Subject:
         """Yields what is measured and is not a file, and what there is none of."""
         flags = [(name, getattr(sys.flags, name)) for name in _FLAGS]
         if self.isolated:
-            flags = [(name, int(name == "isolated")) for name in _FLAGS]
+            flags = [(name, int(name in ("isolated", "dont_write_bytecode"))) for name in _FLAGS]
         yield _item(Part.INTERPRETER, "version", f"{sys.implementation.name} {sys.version} {flags}".encode())
         settings = asdict(self.settings)
         settings["plan"]["rules"] = Path(self.settings.plan.rules).name  # where the file lies does not matter
