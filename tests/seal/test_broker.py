@@ -9,7 +9,9 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from cloister.attest.policy import Policy, SimPolicy
 from cloister.attest.roots import Roots
 from cloister.attest.sim import Installation, SimAttester
 from cloister.errors import BrokerError, KeyRefusedError, SealingKeyError, SettingsError
+from cloister.seal import broker_server
 from cloister.seal.broker import CHALLENGE_SECONDS, Broker
 from cloister.seal.broker_server import BrokerServer
 from cloister.seal.client import connect, fetch_key
@@ -245,6 +248,8 @@ def test_hostile_requests_are_answered_and_the_broker_lives(server: BrokerServer
     assert b" 413 " in send(b"POST /v1/release HTTP/1.1\r\nHost: b\r\nContent-Length: 99999999999\r\n\r\n")
     assert b" 413 " in send(b"POST /v1/release HTTP/1.1\r\nHost: b\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
     assert b" 413 " in send(b"POST /v1/release HTTP/1.1\r\nHost: b\r\nContent-Length: -1\r\n\r\n")
+    for digits in (b"9" * 5000, b"0" * 5000):
+        assert b" 413 " in send(b"POST /v1/release HTTP/1.1\r\nHost: b\r\nContent-Length: " + digits + b"\r\n\r\n")
     assert b" 404 " in post("/../../etc/passwd", b"{}")
     assert b" 403 " in post("/v1/release", b"[" * 5000)
     assert b" 403 " in post("/v1/release", b'{"nonce": 1}')
@@ -253,6 +258,59 @@ def test_hostile_requests_are_answered_and_the_broker_lives(server: BrokerServer
     send(b"POST /v1/release HTTP/1.1\r\nHost: b\r\nContent-Length: 100\r\n\r\nshort")
     assert b" 200 " in post("/v1/challenge", b"{}")
     assert len(events(store, "refuse")) == 3
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [b"", b"POST /v1/challenge HTTP/1.1\r\nX: ", b"POST /v1/challenge HTTP/1.1\r\nContent-Length: 9999\r\n\r\n"],
+)
+@pytest.mark.parametrize("server", ["127.0.0.1:0", "unix:{folder}/s"], indirect=True)
+def test_a_request_in_small_pieces_ends_in_time(
+    server: BrokerServer, monkeypatch: pytest.MonkeyPatch, begun: bytes
+) -> None:
+    monkeypatch.setattr(broker_server._Handler, "timeout", 0.3)
+    connection = connect(server.address)
+    sock = connection.sock
+    sock.settimeout(0.05)
+    sock.sendall(begun)
+    for _ in range(400):  # a piece in time for each read
+        try:
+            sock.sendall(b"G")
+            if sock.recv(65536) == b"":
+                break
+        except TimeoutError:
+            continue
+        except OSError:
+            break
+    else:
+        pytest.fail("the broker still listens to a request that never ends")
+    connection.close()
+
+
+@pytest.mark.parametrize("server", ["127.0.0.1:0"], indirect=True)
+def test_one_address_does_not_hold_every_slot(server: BrokerServer) -> None:
+    host, port = server.address.rsplit(":", 1)
+
+    def connected(source: str) -> socket.socket:
+        return socket.create_connection((host, int(port)), timeout=10, source_address=(source, 0))
+
+    def answer(sock: socket.socket) -> bytes:
+        sock.sendall(b"GET /v1/health HTTP/1.1\r\nHost: b\r\n\r\n")
+        return sock.recv(65536)
+
+    with ExitStack() as held:
+        slow = [held.enter_context(connected("127.0.0.2")) for _ in range(broker_server.MOST_PER_ADDRESS)]
+        assert b" 200 " in answer(slow[-1])
+        refused = held.enter_context(connected("127.0.0.2"))
+        with suppress(ConnectionError):
+            assert answer(refused) == b""
+        assert b" 200 " in answer(held.enter_context(connected("127.0.0.1")))
+    for _ in range(200):  # the slots come back
+        with connected("127.0.0.2") as sock, suppress(ConnectionError):
+            if b" 200 " in answer(sock):
+                return
+        time.sleep(0.02)
+    pytest.fail("the slots of an address that left are still taken")
 
 
 def test_nobody_answers(tmp_path: Path) -> None:

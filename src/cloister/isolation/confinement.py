@@ -137,7 +137,7 @@ def interpreter_files() -> list[Path]:
     """
     prefixes = {sys.prefix, sys.base_prefix, sys.exec_prefix, sysconfig.get_path("stdlib")}
     installed = {place for place in sys.path if Path(place).name in ("site-packages", "dist-packages")}
-    package = Path(__file__).resolve().parents[1]
+    package = str(Path(__file__).resolve().parents[1])
     return sorted({Path(place).resolve() for place in (*prefixes, *installed, package, sys.executable)})
 
 

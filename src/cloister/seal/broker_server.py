@@ -4,16 +4,20 @@
     POST /v1/release     ReleaseRequest   → {"sealed"}, or 403 {"refused"}
     GET  /v1/health                       → {}
 
-Covers: limits on what a peer sends and for how long; every refusal logged.
+Covers: limits on what a peer sends, for how long a whole request may take, and how many connections one address has; every
+refusal logged.
 Guarantees: what travels is nonces, public keys, evidence and sealed keys, so plain HTTP gives no key away; a reader on the
 path learns which package is asked for.
-Does not cover: availability: put it behind a proxy with limits per address where strangers can reach it.
+Does not cover: availability against whoever has many addresses: put it behind a proxy where strangers can reach it.
 """
 
 import contextlib
+import io
 import socket
 import socketserver
 import threading
+import time
+from collections import Counter
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +29,34 @@ from cloister.seal.broker import Broker
 from cloister.seal.release import MAX_REQUEST_BYTES, Refused, ReleaseRequest
 
 REQUEST_SECONDS: Final = 30.0
+"""Longest wait for a whole request, from when the one before was answered."""
 MOST_CONNECTIONS: Final = 64
+MOST_PER_ADDRESS: Final = 32
+_MOST_DIGITS: Final = 10
+"""Of a length; Python refuses to read numbers of thousands of digits."""
+
+
+class _Timed(io.RawIOBase):
+    """What a peer sends, until a moment: many small pieces take no longer than one large."""
+
+    def __init__(self, connection: socket.socket, seconds: float) -> None:
+        self._connection = connection
+        self._seconds = seconds
+        self.begin()
+
+    def begin(self) -> None:
+        """Gives the next request all the time."""
+        self._until = time.monotonic() + self._seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("The request took too long.")
+        self._connection.settimeout(left)
+        return self._connection.recv_into(buffer)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -37,6 +68,18 @@ class _Handler(BaseHTTPRequestHandler):
     def __init__(self, request: socket.socket, address: Any, server: Any, broker: Broker) -> None:
         self._broker = broker
         super().__init__(request, address, server)
+
+    def setup(self) -> None:
+        """Has every request end in time."""
+        super().setup()
+        self.rfile.close()
+        self._timed = _Timed(self.connection, self.timeout)
+        self.rfile = io.BufferedReader(self._timed)
+
+    def handle_one_request(self) -> None:
+        """Answers one request, which has to be complete in time."""
+        self._timed.begin()
+        super().handle_one_request()
 
     def do_GET(self) -> None:
         """Answers a health check."""
@@ -73,7 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes | None:
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > MAX_REQUEST_BYTES or "Transfer-Encoding" in self.headers:
+        bounded = length.isdecimal() and len(length) <= _MOST_DIGITS and int(length) <= MAX_REQUEST_BYTES
+        if not bounded or "Transfer-Encoding" in self.headers:
             self.close_connection = True
             self._answer(413, Refused("too long, or without a length"))
             return None
@@ -82,6 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, content: object) -> None:
         payload = msgspec.json.encode(content)
+        self.connection.settimeout(self.timeout)
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(payload)))
@@ -107,7 +152,8 @@ class BrokerServer:
         Raises:
             BrokerError: the address cannot be had.
         """
-        self._slots = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        self._slots: Counter[str] = Counter()
+        self._slots_lock = threading.Lock()
         self._broker = broker
         try:
             if listen.startswith("unix:"):
@@ -138,10 +184,11 @@ class BrokerServer:
                 connection, address = self._socket.accept()
             except OSError:
                 return
-            if not self._slots.acquire(blocking=False):
+            peer = str(address[0]) if isinstance(address, tuple) else ""  # all who reach a Unix socket are one user's
+            if not self._admitted(peer):
                 connection.close()
                 continue
-            threading.Thread(target=self._handle, args=(connection, address), daemon=True).start()
+            threading.Thread(target=self._handle, args=(connection, address, peer), daemon=True).start()
 
     def close(self) -> None:
         """Stops listening."""
@@ -158,11 +205,20 @@ class BrokerServer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _handle(self, connection: socket.socket, address: Any) -> None:
+    def _admitted(self, peer: str) -> bool:
+        with self._slots_lock:
+            if self._slots.total() >= MOST_CONNECTIONS or (peer and self._slots[peer] >= MOST_PER_ADDRESS):
+                return False
+            self._slots[peer] += 1
+            return True
+
+    def _handle(self, connection: socket.socket, address: Any, peer: str) -> None:
         try:
             serve_connection(self._broker, connection, address)
         finally:
-            self._slots.release()
+            with self._slots_lock:
+                self._slots[peer] -= 1
+                self._slots += Counter()  # forgets who has none
 
 
 def serve_connection(broker: Broker, connection: socket.socket, address: Any = "local") -> None:
