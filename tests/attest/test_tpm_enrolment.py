@@ -34,6 +34,7 @@ from cloister.errors import (
     EvidenceRefusedError,
     EvidenceUnsupportedError,
 )
+from cloister.seal.signing import write_private
 
 NOW = datetime.now(UTC) + timedelta(hours=1)  # swtpm's tools date their certificates from now on
 
@@ -167,6 +168,29 @@ def enrol(leaf: x509.Certificate, public: bytes | None = None) -> Credential:
     tpm = FakeTpm(ec.generate_private_key(ec.SECP256R1()))
     shown = Shown(certificate=leaf.public_bytes(Encoding.DER), public=tpm.public() if public is None else public)
     return Enrolment.begin(shown, [certificate(AUTHORITY.public_key(), authority=True)], NOW)[1]
+
+
+def test_what_was_kept_outlives_an_answer_that_cannot_be_read(tmp_path: Path) -> None:
+    tpm = FakeTpm(ec.generate_private_key(ec.SECP256R1()))
+    shown = Shown(certificate=certificate(ENDORSEMENT.public_key()).public_bytes(Encoding.DER), public=tpm.public())
+    enrolment, _ = Enrolment.begin(shown, [certificate(AUTHORITY.public_key(), authority=True)], NOW)
+    keep, answer = tmp_path / "keep", tmp_path / "answer"
+    write_private(keep, enrolment.kept())
+
+    def run(said: str | None) -> str:
+        if said is not None:
+            answer.write_text(said)
+        line = [sys.executable, "-m", "cloister", "tpm", "enrol", str(answer), "--keep", str(keep)]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        return done.stderr
+
+    assert "cannot be read" in run(None)
+    assert "is not an answer" in run("")
+    assert "is not an answer" in run('{"answer": "xy"}')
+    assert keep.read_bytes() == enrolment.kept()
+    assert "did not read the challenge" in run('{"answer": "00"}')
+    assert not keep.exists()  # guessed once
 
 
 def test_a_good_certificate_gives_a_challenge() -> None:

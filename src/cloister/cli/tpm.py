@@ -70,18 +70,22 @@ def answer(
 @app.command("enrol")
 def enrol(
     answer: Annotated[Path, typer.Argument(help="The machine's answer.")],
-    keep: Annotated[Path, typer.Option("--keep", help="What was kept; it is deleted, for it is good for one answer.")],
+    keep: Annotated[
+        Path, typer.Option("--keep", help="What was kept; it is deleted once ANSWER is read: it is good for one.")
+    ],
 ) -> None:
     """On the owner's side: compare the answer, and print the line that enrols the key in a policy."""
     from cloister.attest.tpm_enrolment import Enrolment
     from cloister.seal.signing import read_private
 
-    enrolment = Enrolment.resume(read_private(keep))
-    keep.unlink()
     try:
         said = bytes.fromhex(json.loads(_read(answer))["answer"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise AttestationError(f"{answer} is not an answer.", remedy="Begin again: cloister tpm challenge.") from error
+        raise AttestationError(
+            f"{answer} is not an answer.", remedy="Name the file that cloister tpm answer wrote."
+        ) from error
+    enrolment = Enrolment.resume(read_private(keep))
+    keep.unlink()
     name = enrolment.accept(said)
     stdout().print(f'[roots]\ntpm = ["{name.hex()}"]', markup=False, highlight=False, soft_wrap=True)
 
