@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloister.errors import BudgetError
-from cloister.privacy.accounting import DELTA, Charge, pld_dominates, pld_draws, pure, top
+from cloister.errors import BudgetError, PrivacyError
+from cloister.privacy.accounting import DELTA, Charge, compose, pld_dominates, pld_draws, pure, top
+from cloister.privacy.certificate import hockey_stick
 from cloister.privacy.filters import Filter, chosen
 from cloister.privacy.ledger import Entry, Ledger
 from cloister.privacy.mechanism import Cost, DominatingCurve
@@ -101,15 +102,55 @@ def test_the_rule_that_admits_most_is_chosen() -> None:
     assert chosen(4.0, pure(0.5), curve).rule == "basic"  # too few draws to gain
 
 
+def several_spans_curve(epsilon: float, members: int) -> DominatingCurve:
+    """The curve of randomised response over some members."""
+    table = np.ones((members, members)) + math.expm1(epsilon) * np.eye(members)
+    deltas = hockey_stick(table / table.sum(1, keepdims=True), np.arange(-64, 65) * (epsilon / 64)) + 1e-12
+    deltas = np.minimum(1, np.maximum.accumulate(deltas[::-1])[::-1])
+    return DominatingCurve(-epsilon, epsilon / 64, (*deltas.tolist()[:-1], 0.0))
+
+
+@pytest.mark.parametrize(
+    "members", [4, 64]
+)  # three draws of 4 dominate any mechanism of their ε; of 64, not even eight
+@pytest.mark.parametrize("per_span", [pure(0.5), Cost(0.5, 0.5**2 / 8)])
+def test_a_session_admits_as_many_numbers_as_words_leave_under_the_other_rules(
+    members: int, per_span: Cost, tmp_path: Path
+) -> None:
+    curve = several_spans_curve(0.5, members)
+    assert pld_draws(32.0, curve) > 2 * 64  # by words alone, draws would be counted
+    rule = chosen(32.0, per_span, curve)
+    assert rule.rule in ("basic", "zCDP")
+    ledger = Ledger.open(tmp_path / "ledger.db")
+    ledger.open_session("s", 32.0, per_span, "words", curve)
+    ledger.charge(
+        "s", [Entry("number", Charge(pure(0.5), int(rule.most / rule.price(Charge(pure(0.5)))), sampled=False))]
+    )
+    ledger.close()
+
+
+def test_a_curve_that_cannot_be_one_is_refused_before_a_rule_is_chosen(tmp_path: Path) -> None:
+    ledger = Ledger.open(tmp_path / "ledger.db")
+    for height in (0.0, 1e-9):
+        forged = DominatingCurve(-0.5, 0.5 / 64, (*(height,) * 128, 0.0))
+        with pytest.raises(PrivacyError, match="no.* privacy profile"):
+            ledger.open_session("s", 32.0, pure(0.5), "words", forged)
+    with pytest.raises(PrivacyError, match="no.* privacy profile"):
+        chosen(32.0, pure(0.5), DominatingCurve(-math.inf, 0.5, (1.0, 0.0)))
+    assert ledger.sessions() == []
+    ledger.close()
+
+
 def test_what_a_draw_counts_under_each_rule() -> None:
     curve = response_curve(Fraction(1))
     assert top(curve) == 1.0
     counted = Filter("PLD", 100.0, curve)
     assert counted.price(Charge(pure(1.0))) == 1.0
     assert counted.price(Charge(pure(0.2))) == 1.0
-    assert counted.price(Charge(pure(2.0))) == 2.0  # two words drawn as one span
+    assert counted.price(Charge(pure(2.0))) == math.inf  # one draw of the sampler costs no more than its curve says
     assert counted.price(Charge(pure(0.9), sampled=False)) == 1.0
-    assert counted.price(Charge(pure(1.0), sampled=False)) in (1.0, 2.0, 3.0)
+    assert counted.price(Charge(pure(1.0), sampled=False)) == 1.0
+    assert counted.price(Charge(pure(1.2), sampled=False)) in (2.0, 3.0)
     assert counted.price(Charge(pure(90.0), sampled=False)) == math.inf
     assert Filter("basic", 1.0).price(Charge(Cost(2.0, 0.5))) == 2.0
     assert Filter("zCDP", 1.0).price(Charge(Cost(2.0, 0.5))) == 0.5
@@ -135,6 +176,13 @@ def test_a_session_counted_by_draws_ends_at_its_number_and_is_resumed(tmp_path: 
     assert report.spent.pld <= 40.0
     with pytest.raises(BudgetError, match=r"needs draws = 1 and 0 of"):
         ledger.charge("s", [each])
-    with pytest.raises(BudgetError, match="inf|needs draws"):
+    with pytest.raises(BudgetError, match=r"draw of ε = 50 cannot be counted by the rule PLD.*Nothing was sent"):
         ledger.charge("s", [Entry("number", Charge(pure(50.0), sampled=False))])
+    with pytest.raises(BudgetError, match=r"draw of ε = 1 cannot be counted"):
+        ledger.charge("s", [Entry("person", Charge(pure(1.0)))])  # a span in two parts, charged as one draw
     ledger.close()
+
+
+def test_a_span_in_parts_that_is_charged_as_one_draw_is_not_composed_as_one() -> None:
+    curve = response_curve(Fraction(1, 2))
+    assert compose([Charge(pure(1.0), 20)], curve).pld >= compose([Charge(pure(0.5), 40)], curve).pld

@@ -4,7 +4,8 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -295,6 +296,15 @@ def test_the_charge_is_what_the_draws_cost(tmp_path: Path) -> None:
     assert sanitised.counts == {
         "first_name": 1, "last_name": 1, "email": 1, "city": 1, "number": 1, "card": 1, "disease": 1,
     }  # fmt: skip
+
+
+def test_a_span_that_is_drawn_in_parts_is_not_sent(tmp_path: Path) -> None:
+    class InParts(ListSampler):
+        def replace(self, spans: Sequence[Span]) -> list[Replacement]:
+            return [replace(one, class_ids=(0, 1)) for one in super().replace(spans)]
+
+    with pytest.raises(PrivacyError, match="charged as one draw and drawn in several"):
+        sanitiser(tmp_path, InParts()).sanitise(["Anna has asthma"])
 
 
 def test_a_refused_prompt_draws_nothing(tmp_path: Path) -> None:

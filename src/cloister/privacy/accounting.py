@@ -38,13 +38,19 @@ GRID: Final = 0.005
 ROUNDING: Final = 1e-11
 """More than the rounding of composed probabilities."""
 
+TIE: Final = 1e-14
+"""More than the rounding of one number's probabilities."""
+
 LARGEST_PLD: Final = 5_000
 """Draws above which no privacy-loss distribution is composed: the other two bounds stand."""
 
 
 @dataclass(frozen=True)
 class Charge:
-    """Some draws that cost the same: `count` distinct spans, drawn from the sampler's classes or (numbers) elsewhere."""
+    """Some draws that cost the same: `count` of them, from the sampler's classes or (numbers) elsewhere.
+
+    A span that is drawn in parts is so many draws, each with its own cost.
+    """
 
     cost: Cost
     count: int = 1
@@ -89,7 +95,10 @@ def pure(epsilon: float) -> Cost:
 
 
 def compose(charges: Iterable[Charge], curve: DominatingCurve | None = None, delta: float = DELTA) -> Spent:
-    """Returns what draws cost together; `curve` dominates every draw that is `sampled`."""
+    """Returns what draws cost together; `curve` dominates every draw that is `sampled`.
+
+    One that costs more than the curve allows is taken for a draw of which only its ε is known.
+    """
     paid = [charge for charge in charges if charge.cost.epsilon > 0]
     draws = sum(charge.count for charge in paid)
     if draws == 0:
@@ -138,6 +147,11 @@ def top(curve: DominatingCurve) -> float:
     return curve.first + last * curve.gap
 
 
+def within(epsilon: float, curve: DominatingCurve) -> bool:
+    """Returns whether a draw that the curve dominates can cost so much."""
+    return epsilon <= top(curve) * (1 + 1e-9)
+
+
 def pld_draws(epsilon: float, curve: DominatingCurve, delta: float = DELTA) -> int:
     """Returns how many draws that a curve dominates stay within (ε, δ) together, up to `LARGEST_PLD`."""
     draw = Charge(pure(min(top(curve), MAX_EPSILON)))
@@ -156,10 +170,14 @@ def pld_dominates(curve: DominatingCurve, count: int, epsilon: float) -> bool:
 
     The worst ε-private mechanism is randomised response (Kairouz et al. 2015): δ(t) = (e^ε - e^t) / (e^ε + 1), a line in
     e^t. That of the draws is convex, and linear between multiples of the curve's step, so these are all that are compared.
+    One draw is what its curve says, and may tie; several are composed, which rounds.
     """
-    composed = _repeated(_curve_pld(curve), count)
     steps = np.arange(math.ceil(epsilon / curve.gap) + 2) * curve.gap
     worst = (math.exp(epsilon) - np.exp(steps)) / (math.exp(epsilon) + 1)
+    if count == 1:
+        places = np.minimum(np.arange(len(steps)) - round(curve.first / curve.gap), len(curve.deltas) - 1)
+        return bool(places[0] >= 0 and np.all(np.array(curve.deltas)[places] >= worst - TIE))
+    composed = _repeated(_curve_pld(curve), count)
     with np.errstate(over="ignore"):
         deltas = np.array([float(composed.get_delta_for_epsilon(float(step))) for step in steps])
     return bool(np.all(deltas >= worst + np.where(worst > 0, ROUNDING, 0.0)))
@@ -171,25 +189,32 @@ def up(value: float) -> float:
 
 
 def check_curve(curve: DominatingCurve) -> None:
-    """Raises `PrivacyError` unless `curve` can be a privacy profile: falling from at most 1, never negative."""
-    deltas = curve.deltas
-    falling = all(before >= after for before, after in itertools.pairwise(deltas))
-    if not (2 <= len(deltas) <= MAX_CURVE_POINTS and curve.gap > 0 and falling and 0 <= deltas[-1] <= deltas[0] <= 1):
+    """Raises `PrivacyError` unless `curve` can be a privacy profile: falling from at most 1, never below max(0, 1 - e^ε)."""
+    deltas, last = curve.deltas, curve.first + (len(curve.deltas) - 1) * curve.gap
+    sized = (
+        2 <= len(deltas) <= MAX_CURVE_POINTS and curve.gap > 0 and -MAX_EPSILON <= curve.first <= last <= MAX_EPSILON
+    )
+    falling = sized and 0 <= deltas[-1] <= deltas[0] <= 1 and all(a >= b for a, b in itertools.pairwise(deltas))
+    if not falling or any(
+        delta < -math.expm1(curve.first + place * curve.gap) - ROUNDING for place, delta in enumerate(deltas)
+    ):
         raise PrivacyError(
             "A sampler's dominating curve is not a privacy profile.", remedy="Build the candidates again."
         )
 
 
 def _pld_epsilon(charges: list[Charge], curve: DominatingCurve | None, delta: float) -> float:
-    sampled = sum(charge.count for charge in charges if charge.sampled) if curve is not None else 0
     parts: list[PrivacyLossDistribution] = []
-    if curve is not None and sampled:
-        parts.append(_repeated(_curve_pld(curve), sampled))
     gap = GRID if curve is None else curve.gap
+    sampled = 0
     others: dict[float, int] = {}
     for charge in charges:
-        if curve is None or not charge.sampled:
+        if curve is not None and charge.sampled and within(charge.cost.epsilon, curve):
+            sampled += charge.count
+        else:
             others[charge.cost.epsilon] = others.get(charge.cost.epsilon, 0) + charge.count
+    if curve is not None and sampled:
+        parts.append(_repeated(_curve_pld(curve), sampled))
     parts += [_repeated(_pure_pld(epsilon, gap), count) for epsilon, count in others.items()]
     composed = parts[0]
     for part in parts[1:]:

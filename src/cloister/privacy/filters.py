@@ -16,14 +16,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Final
 
-from cloister.privacy.accounting import Charge, pld_dominates, pld_draws, top, zcdp_budget
+from cloister.privacy.accounting import Charge, check_curve, pld_dominates, pld_draws, pure, within, zcdp_budget
 from cloister.privacy.mechanism import Cost, DominatingCurve
 
 FEW_DRAWS: Final = 16
 """Budgets for fewer draws than that are counted by basic composition or zCDP: PLD gains nothing there."""
 
 MOST_EQUIVALENTS: Final = 8
-"""Draws of the sampler that one other draw counts as, at most; one that needs more ends the session."""
+"""Draws of the sampler that one other draw counts as, at most; one that needs more cannot be counted."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,11 @@ class Filter:
         return {"basic": "ε", "zCDP": "ρ"}.get(self.rule, "draws")
 
     def price(self, charge: Charge) -> float:
-        """Returns what one draw of a charge counts; infinity if the rule cannot count it."""
+        """Returns what one draw of a charge counts; infinity if the rule cannot count it.
+
+        `PLD` cannot count a sampled draw of more than its curve's largest ε (it is several), nor another that no
+        `MOST_EQUIVALENTS` draws dominate.
+        """
         if self.rule == "basic":
             return charge.cost.epsilon
         if self.rule == "zCDP":
@@ -51,8 +55,8 @@ class Filter:
             return 0.0
         if self.curve is None:
             return math.inf
-        if charge.sampled:  # a span of two words is two draws
-            return float(max(1, math.ceil(charge.cost.epsilon / top(self.curve) - 1e-9)))
+        if charge.sampled:
+            return 1.0 if within(charge.cost.epsilon, self.curve) else math.inf
         known = self._known.get(charge.cost.epsilon)
         if known is None:
             known = self._known[charge.cost.epsilon] = _equivalents(charge.cost.epsilon, self.curve)
@@ -60,16 +64,29 @@ class Filter:
 
 
 def chosen(budget: float, per_span: Cost, curve: DominatingCurve | None) -> Filter:
-    """Returns the filter that admits most draws like `per_span` within a budget; at a tie, the simplest."""
-    best, admitted = Filter("basic", budget), budget / per_span.epsilon if per_span.epsilon > 0 else math.inf
-    rho = zcdp_budget(budget)
+    """Returns the filter that admits most draws like `per_span` within a budget; at a tie, the simplest.
+
+    `PLD` is chosen only if it also admits at least as many numbers, of which no more than their ε is known.
+
+    Raises:
+        PrivacyError: the curve is no privacy profile.
+    """
+    if curve is not None:
+        check_curve(curve)
+    best, admitted = Filter("basic", budget), _most(budget, per_span.epsilon)
+    numbers, rho = admitted, zcdp_budget(budget)
     if per_span.rho > 0 and rho / per_span.rho > admitted:
         best, admitted = Filter("zCDP", rho), rho / per_span.rho
-    if curve is not None and budget / max(per_span.epsilon, 1e-9) >= FEW_DRAWS and math.isfinite(admitted):
+        numbers = max(numbers, _most(rho, pure(per_span.epsilon).rho))
+    if curve is not None and math.isfinite(admitted) and budget / per_span.epsilon >= FEW_DRAWS:
         draws = pld_draws(budget, curve)
-        if draws > admitted:
+        if draws > admitted and draws // _equivalents(per_span.epsilon, curve) >= math.floor(numbers):
             best = Filter("PLD", float(draws), curve)
     return best
+
+
+def _most(budget: float, each: float) -> float:
+    return budget / each if each > 0 else math.inf
 
 
 def _equivalents(epsilon: float, curve: DominatingCurve) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from cloister.errors import BudgetError
 from cloister.privacy.accounting import Charge
 from cloister.privacy.filters import Filter
 from cloister.privacy.mechanism import Cost
@@ -76,11 +77,21 @@ def limit(most: float) -> int:
 
 
 def amount(charges: Iterable[Charge], counted: Filter) -> Amount:
-    """Returns what charges come to under a filter."""
+    """Returns what charges come to under a filter.
+
+    Raises:
+        BudgetError: the filter cannot count one of them.
+    """
     total = NOTHING
     for charge in charges:
-        price = grains(min(counted.price(charge), 2 * MOST))
-        total += Amount(price, grains(charge.cost.epsilon), grains(charge.cost.rho)) * charge.count
+        price = counted.price(charge)
+        if math.isinf(price):
+            raise BudgetError(
+                f"A draw of ε = {charge.cost.epsilon:.4g} cannot be counted by the rule {counted.rule}, which was fixed "
+                "when the session was opened. Nothing was sent.",
+                remedy="Begin another session (its secrets are then accounted anew, so what both reveal adds up).",
+            )
+        total += Amount(grains(price), grains(charge.cost.epsilon), grains(charge.cost.rho)) * charge.count
     return total
 
 

@@ -192,6 +192,8 @@ class Sanitiser:
         for (piece, span), replacement in zip(sampled, replacements, strict=True):
             if replacement.cost.epsilon > self._sampler.cost(span).epsilon * (1 + 1e-12):
                 raise PrivacyError("The sampler spent more than it had announced; nothing was sent.")
+            if len(replacement.class_ids) != 1:
+                raise PrivacyError("A span was charged as one draw and drawn in several; nothing was sent.")
             self._memo.put(piece.tag, Remembered(replacement.text, piece.label))
         below = Randomness().below
         for piece in fresh:
