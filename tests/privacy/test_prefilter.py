@@ -28,7 +28,7 @@ PIECES = st.lists(
              "+49 30 1234567",
              "4111 1111 1111 1111", "DE89 3704 0044 0532 0130 00", "219-09-9999", "RSSMRA85T10A562S", "AB123456C", "ABCPL1234F",
              "00:1b:44:11:3a:b7", "1A1zP1eP5QGefi2DMPTfTL5SLmv7DivfNa", " ext. 55", "(212) 555-0123",
-             "123e4567-e89b-12d3-a456-426614174000"]
+             "123e4567-e89b-12d3-a456-426614174000", "deadbeef-dead-beef-dead-deadbeefdead", " ext.", "-" * 40]
         ),
     ),
     max_size=8,
@@ -75,6 +75,10 @@ def test_patterns_find_what_they_find_everywhere(text: str, all_numbers: bool) -
     assert Patterns(all_numbers).find(text) == list(everywhere(text, all_numbers))
 
 
+def test_an_identifier_of_letters_only_is_found() -> None:
+    assert Patterns().find("see deadbeef-dead-beef-dead-deadbeefdead.") == [Finding(4, 40, Format.IDENTIFIER)]
+
+
 @pytest.fixture(scope="module")
 def whole() -> Callable[[str], list[Finding]]:
     """The slow, obvious twin of `Presidio`: every recogniser as it comes, over the whole text."""
@@ -104,6 +108,15 @@ def test_presidio_finds_what_it_finds_everywhere(
     text: str, presidio: Presidio, whole: Callable[[str], list[Finding]]
 ) -> None:
     assert settle(presidio.find(text)) == settle(whole(text))
+
+
+@pytest.mark.parametrize("between", ["-" * 50, " " * 30 + "-" * 30, "," * 60])
+def test_an_extension_far_behind_its_number_is_found(
+    between: str, presidio: Presidio, whole: Callable[[str], list[Finding]]
+) -> None:
+    text = f"call +972 39 123456 ext.{between}123 now"
+    assert settle(presidio.find(text)) == settle(whole(text))
+    assert any(finding.stop >= len(text) - 4 for finding in presidio.find(text))
 
 
 def test_real_texts_have_the_same_findings(
@@ -138,6 +151,11 @@ def test_what_is_said_of_our_own_expressions_is_what_they_say() -> None:
         (r"\d+", Needs(digits=1)),
         (r"(?=.*\d{40})\d", Needs(digits=1)),  # it looks too far: no length is said
         (r"x(?!\d)", Needs(longest=1)),
+        (r"\d(?=a{32})", Needs(digits=1, longest=1)),
+        (r"\d(?=a{32}\b)", Needs(digits=1)),  # the boundary looks one further
+        (r"\d(?=a{20}(?=b{20}))", Needs(digits=1)),
+        (r"\d(?=a{20}(?=b{12}))\b", Needs(digits=1, longest=1)),
+        (r"(?<!(?<=a{20})b{20})\d", Needs(digits=1)),
         (r"(\d)x\1", Needs(digits=1)),
         (r"^\d{9}", NOTHING),  # anchors are not understood
         (r"[^a]{3}", Needs(longest=3)),

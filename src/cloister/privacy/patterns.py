@@ -83,7 +83,10 @@ class Patterns:
         """Returns identifiers first, then dates, then numbers, the surest first."""
         digits = Digits(text)
         dates = list(_dates(digits))
-        found = [*self._worded(text), *self._addresses(digits)] if not digits.places else self._numbered(digits, dates)
+        if digits.places:
+            found = self._numbered(digits, dates)
+        else:
+            found = [*self._worded(text), *self._uuids(text), *self._addresses(digits)]
         return [*found, *(Finding(start, stop, Numeral.DATE) for start, stop in dates), *self._numbers(digits)]
 
     @staticmethod
@@ -106,8 +109,7 @@ class Patterns:
         found = list(self._worded(text))
         found += (f for f in _near(IBAN, _IBAN, digits, Format.IBAN) if iban_is_valid(text[f.start : f.stop]))
         found += (f for f in _near(CARD, _CARD, digits, Format.CARD) if luhn_is_valid(text[f.start : f.stop]))
-        if text.count("-") >= 4:
-            found += _all(UUID, text, Format.IDENTIFIER)
+        found += self._uuids(text)
         found += _near(SSN, _SSN, digits, Format.IDENTIFIER)
         found += self._addresses(digits)
         if digits.dense(LEAST_PHONE, _PHONE.longest):
@@ -118,6 +120,11 @@ class Patterns:
                     found.append(number)
         found += (f for f in _all(MIXED, text, Format.IDENTIFIER) if _is_code(text[f.start : f.stop]))
         return found + list(_near(DIGITS, _DIGITS, digits, Format.IDENTIFIER))
+
+    @staticmethod
+    def _uuids(text: str) -> Iterator[Finding]:
+        if text.count("-") >= 4:
+            yield from _all(UUID, text, Format.IDENTIFIER)
 
     @staticmethod
     def _addresses(digits: Digits) -> Iterator[Finding]:

@@ -2,8 +2,8 @@
 
 Covers: the recogniser of telephone numbers that Presidio brings (`phonenumbers`, leniency "valid"). Guarantees: whatever it
 takes for a valid number of the region, or for an international one, lies in a stretch with the characters around it.
-Assumes: a number's digits stand within `GAP` characters of one another, as its expression has it but for blanks and commas
-before an extension; texts with long runs of these are not passed over.
+Assumes: a number's digits stand within `GAP` characters of one another, as its expression has it but for blanks, commas and
+hyphens around an extension's label; texts with long runs of these are not passed over.
 """
 
 import copy
@@ -23,7 +23,7 @@ LEAST_AFTER_PLUS: Final = 4
 LEAST_AFTER_PREFIX: Final = 6
 """Digits with a prefix for calls abroad, at least; every region's prefix begins with 00 or 01."""
 
-_LONG_GAP: Final = re.compile(r"[\s,]{16}")
+_LONG_GAP: Final = re.compile(r"[\s,-]{16}")
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,14 @@ _EMPTY: Final = _Counts(0, 0, 0, 0, True)
 
 
 class _Reader:
-    """Reads the tree of an expression. Anything that it does not know raises `NotImplementedError`."""
+    """Reads the tree of an expression. Anything that it does not know raises `NotImplementedError`.
+
+    An assertion has no length of its own; within another, what it looks at counts as length, so that the outer one knows
+    how far it looks.
+    """
+
+    def __init__(self) -> None:
+        self._asserting = 0
 
     def needs(self, tree: Any) -> Needs:
         counts = self._sequence(tree)
@@ -205,12 +212,17 @@ class _Reader:
             case "GROUPREF":
                 return _Counts(0, 0, 0, math.inf, False)
             case "AT" if str(argument) in ("AT_BOUNDARY", "AT_NON_BOUNDARY"):
-                return _EMPTY
+                return self._looking(1)
             case "ASSERT" | "ASSERT_NOT":
-                if self._sequence(argument[1]).most > MARGIN:
-                    return _Counts(0, 0, 0, math.inf, True)
-                return _EMPTY
+                self._asserting += 1
+                reach = self._sequence(argument[1]).most
+                self._asserting -= 1
+                return self._looking(reach if reach <= MARGIN else math.inf)
         raise NotImplementedError(operation)
+
+    def _looking(self, reach: float) -> _Counts:
+        """Returns what an assertion counts that looks at so many characters."""
+        return _Counts(0, 0, 0, reach if self._asserting or reach == math.inf else 0, True)
 
 
 def _only(items: Any, fits: Callable[[str], bool], *categories: str) -> bool:
