@@ -246,6 +246,40 @@ def test_two_processes_share_one_budget(tmp_path: Path) -> None:
     ledger.close()
 
 
+FORKING = """
+    import os, sys
+    from pathlib import Path
+    from cloister.errors import LedgerError
+    from cloister.privacy.accounting import Charge, pure
+    from cloister.privacy.ledger import Entry, Ledger
+    ledger = Ledger.open(Path(sys.argv[1]))
+    ledger.open_session("s", 100.0, pure(2.0), "words in place")
+    for _ in range(2):
+        ledger.charge("s", [Entry("word", Charge(pure(2.0)))])
+    child = os.fork()
+    if child == 0:
+        try:
+            ledger.charge("s", [Entry("word", Charge(pure(2.0)))])
+        except LedgerError as error:
+            print(error.message, flush=True)
+        ledger.close()  # must leave the reservation to the parent
+        os._exit(0)
+    os.waitpid(child, 0)
+    held = ledger._db.execute("SELECT COUNT(*) FROM reservations").fetchone()[0]
+    ledger.charge("s", [Entry("word", Charge(pure(2.0)))])
+    print(held, ledger.report("s").spent.draws)
+    ledger.close()
+"""
+
+
+def test_a_forked_process_does_not_spend_its_parents_reservation(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(FORKING), str(tmp_path / "ledger.db")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    refusal, kept = done.stdout.splitlines()
+    assert "before this process was forked; nothing was sent" in refusal
+    assert kept == "1 3"
+
+
 def test_a_prompt_within_a_reservation_does_not_wait_for_the_disk(tmp_path: Path) -> None:
     ledger = opened(tmp_path / "ledger.db", budget=1000.0)
     ledger.charge("s", [entry()])  # this one reserves for others

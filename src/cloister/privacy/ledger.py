@@ -10,11 +10,13 @@ Guarantees: a charge that does not fit the budget changes nothing and raises. Th
 and counts; never a prompt, a secret, its replacement or the key of a memo.
 Does not cover: a user who deletes the file, or a ledger put back from an older copy.
 Assumes: the directory belongs to the user; the file is made readable by its owner only.
+Edge cases: a forked child is refused, since it would spend its parent's reservation a second time.
 """
 
 import atexit
 import contextlib
 import math
+import os
 import sqlite3
 import threading
 import time
@@ -100,6 +102,7 @@ class Ledger:
         self.path = path
         self._db = connection
         self._clock = clock
+        self._owner = os.getpid()
         self._sessions: dict[str, _Open] = {}
         self._numbers: deque[int] = deque()  # of prompts to come
         self._file = threading.RLock()  # held while the file is used; taken before `_memory`, never after
@@ -125,6 +128,8 @@ class Ledger:
         Raises:
             LedgerError: it cannot be written. What was reserved then counts as spent.
         """
+        if os.getpid() != self._owner:
+            return  # the reservation and the file are the parent's
         with self._memory:
             if self._closed:
                 return
@@ -158,6 +163,7 @@ class Ledger:
             raise BudgetError(
                 "A session's name is empty, too long or not printable.", remedy="Use 1 to 128 characters."
             )
+        self._check_process()
         with self._file, explained(self.path), transaction(self._db):
             columns = "budget, policy, first, gap, curve"
             row = self._db.execute(f"SELECT {columns} FROM sessions WHERE name = ?", (name,)).fetchone()  # noqa: S608
@@ -187,8 +193,9 @@ class Ledger:
 
         Raises:
             BudgetError: the session's budget does not cover it; nothing was charged and nothing may be sent.
-            LedgerError: it cannot be written; nothing may be sent.
+            LedgerError: it cannot be written, or was opened by a parent of this process; nothing may be sent.
         """
+        self._check_process()
         opened = self._opened(session)
         wanted = amount([entry.charge for entry in entries], opened.filter)
         spans = sum(entry.charge.count for entry in entries)
@@ -212,6 +219,7 @@ class Ledger:
 
     def sessions(self) -> list[str]:
         """Returns the names of all sessions, in the order they were opened."""
+        self._check_process()
         with self._file, explained(self.path):
             return [str(row[0]) for row in self._db.execute("SELECT name FROM sessions ORDER BY opened, name")]
 
@@ -221,6 +229,7 @@ class Ledger:
         Raises:
             LedgerError: there is no such session.
         """
+        self._check_process()
         with self._file:
             self.write_down(session)
             with explained(self.path), transaction(self._db, "DEFERRED"):
@@ -249,6 +258,7 @@ class Ledger:
 
     def prompts(self, session: str, last: int = 20) -> list[PromptReport]:
         """Returns the last prompts of a session, oldest first."""
+        self._check_process()
         with self._file, explained(self.path):
             self.write_down(session)
             rows = self._db.execute(
@@ -266,6 +276,14 @@ class Ledger:
             )
             for row in reversed(rows)
         ]
+
+    def _check_process(self) -> None:
+        """Raises `LedgerError` in a forked child."""
+        if os.getpid() != self._owner:
+            raise LedgerError(
+                f"The ledger {self.path} was opened before this process was forked; nothing was sent.",
+                remedy="Open it again in the process that uses it.",
+            )
 
     def _opened(self, name: str) -> _Open:
         """Returns what is known of a session, read from the file once.
@@ -338,6 +356,7 @@ class Ledger:
         Raises:
             LedgerError: it cannot be written.
         """
+        self._check_process()
         with self._file:
             if session in self._sessions and not self._closed:
                 self._settle(session, "keep")

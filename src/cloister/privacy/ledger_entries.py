@@ -29,7 +29,7 @@ class Receipt:
 
     @property
     def left(self) -> float:
-        """What the session's filter still admits, in its own unit (ε for `basic`, ρ for `zCDP`)."""
+        """What the session's filter still admits, in its own unit (ε for `basic`, ρ for `zCDP`, draws for `PLD`)."""
         return max(0.0, self.most - self.used)
 
 
