@@ -41,6 +41,7 @@ CloisterError                      everything this package raises on purpose
 ├── ReceiptError                   a receipt is malformed, forged, or for another answer
 ├── IsolationError                 a process cannot be confined as asked
 ├── EnclaveLostError               the enclave process ended without being asked to
+├── EnclaveBusyError               the enclave took all the time for other questions
 └── GenerationError                a request cannot be generated
     ├── RequestError               the request itself is invalid (too long, bad sampling parameter)
     └── GenerationCancelled        the caller asked to stop
@@ -224,6 +225,10 @@ class IsolationError(CloisterError):
 
 class EnclaveLostError(CloisterError):
     """The enclave process ended without being asked to."""
+
+
+class EnclaveBusyError(CloisterError):
+    """The enclave took all the time for other questions; this one was not asked."""
 
 
 class GenerationError(CloisterError):

@@ -3,12 +3,13 @@
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import msgspec
 import pytest
 
-from cloister.errors import BudgetError, EnclaveLostError, WireError
+from cloister.errors import BudgetError, EnclaveBusyError, EnclaveLostError, WireError
 from cloister.wire.asking import Asker, answering_end
 from cloister.wire.sanitising import (
     MAX_QUESTION_BYTES,
@@ -115,6 +116,49 @@ def test_a_late_answer_is_no_answer_to_the_next_question(pair: tuple[socket.sock
             say(Done())(pair[1])
     with pytest.raises(EnclaveLostError):
         asker.ask(ASK, Done, 0.05)
+
+
+def test_a_byte_now_and_then_does_not_put_the_deadline_off(pair: tuple[socket.socket, socket.socket]) -> None:
+    def drip(sock: socket.socket) -> None:
+        payload = msgspec.msgpack.encode(Rows(bytes(100)))
+        for byte in len(payload).to_bytes(4, "little") + payload:
+            try:
+                sock.send(bytes([byte]))
+            except OSError:
+                return  # the asker has closed
+            time.sleep(0.02)
+
+    asker = Asker(pair[0], lambda: "gone")
+    thread = answering(pair[1], drip)
+    with pytest.raises(EnclaveLostError, match="no answer within"):
+        asker.ask(ASK, Rows, 0.3)
+    assert not asker.is_open
+    thread.join()
+
+
+def test_a_question_waits_for_its_turn_as_long_as_for_its_answer(pair: tuple[socket.socket, socket.socket]) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def late(sock: socket.socket) -> None:
+        asked.set()
+        go_on.wait(60)
+        say(Done())(sock)
+
+    asker = Asker(pair[0], lambda: "gone")
+    answering(pair[1], late)
+    answers: list[Done] = []
+    first = threading.Thread(target=lambda: answers.append(asker.ask(ASK, Done)))
+    first.start()
+    assert asked.wait(60)
+    with pytest.raises(EnclaveBusyError, match="Nothing was sent"):
+        asker.ask(ASK, Done, 0.05)
+    go_on.set()
+    first.join()
+    assert answers == [Done()]
+    pair[1].setblocking(False)
+    with pytest.raises(BlockingIOError):
+        pair[1].recv(1)
+    assert asker.is_open
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import msgspec
 from cloister.errors import (
     BudgetError,
     CloisterError,
+    EnclaveBusyError,
     EnclaveLostError,
     EngineUnreachableError,
     GatewayError,
@@ -113,7 +114,7 @@ def status_of(error: CloisterError) -> int:
         return 400
     if isinstance(error, BudgetError):
         return 403
-    if isinstance(error, EngineUnreachableError | EnclaveLostError):
+    if isinstance(error, EngineUnreachableError | EnclaveLostError | EnclaveBusyError):
         return 503
     return 502 if isinstance(error, GatewayError) else 500
 

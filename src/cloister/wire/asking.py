@@ -2,21 +2,23 @@
 
 A message is its length (4 bytes, little endian) and msgpack.
 
-Covers: both ends, deadlines, an other end that dies. Guarantees: after anything but a whole answer in time the connection is
-closed, so no answer is ever taken for that to another question; memory grows with what arrives, not with what is announced.
+Covers: both ends, deadlines over whole answers (a byte now and then does not extend them), an other end that dies.
+Guarantees: after anything but a whole answer in time the connection is closed, so no answer is ever taken for that to another
+question; memory grows with what arrives, not with what is announced.
 Does not cover: what is said (`wire.sanitising`).
 """
 
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 
-from cloister.errors import EnclaveLostError, WireError
+from cloister.errors import EnclaveBusyError, EnclaveLostError, WireError
 from cloister.wire.sanitising import (
     MAX_ANSWER_BYTES,
     MAX_QUESTION_BYTES,
@@ -30,6 +32,7 @@ from cloister.wire.sanitising import (
     Rows,
     Shown,
 )
+from cloister.wire.tcp import until
 
 _PIECE: Final = 2**20
 
@@ -48,11 +51,11 @@ class FramedSocket(Generic[Sent, Received]):
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Received] = msgspec.msgpack.Decoder(received)
 
-    def send(self, message: Sent) -> None:
-        """Sends one message.
+    def send(self, message: Sent, deadline: float | None = None) -> None:
+        """Sends one message, by `deadline` of the monotonic clock if there is one.
 
         Raises:
-            WireError: it is too long, or the other end is gone.
+            WireError: it is too long, late, or the other end is gone.
         """
         frame = bytearray(4)
         try:
@@ -64,23 +67,24 @@ class FramedSocket(Generic[Sent, Received]):
             raise WireError(f"A message of {length} bytes exceeds {MAX_ANSWER_BYTES}.", remedy="Send less at once.")
         frame[:4] = length.to_bytes(4, "little")
         try:
+            until(self._sock, deadline)
             self._sock.sendall(frame)
         except OSError as error:
             raise WireError(f"The other end is gone ({error}).") from error
 
-    def receive(self) -> Received | None:
-        """Returns the next message, or None when the other end closed.
+    def receive(self, deadline: float | None = None) -> Received | None:
+        """Returns the next message, whole by `deadline` of the monotonic clock if there is one; None when the other end closed.
 
         Raises:
-            WireError: it is too long, cut, or no message.
+            WireError: it is too long, late, cut, or no message.
         """
-        head = self._exactly(4)
+        head = self._exactly(4, deadline)
         if head is None:
             return None
         length = int.from_bytes(head, "little")
         if length > self._limit:
             raise WireError(f"The other end announced {length} bytes; at most {self._limit} are read.")
-        payload = self._exactly(length)
+        payload = self._exactly(length, deadline)
         if payload is None:
             raise WireError("The connection was cut in the middle of a message.")
         try:
@@ -92,7 +96,7 @@ class FramedSocket(Generic[Sent, Received]):
         """Closes this end."""
         self._sock.close()
 
-    def _exactly(self, count: int) -> bytearray | None:
+    def _exactly(self, count: int, deadline: float | None) -> bytearray | None:
         """Returns `count` bytes; memory grows with what arrives, not with what is announced."""
         held = bytearray(min(count, _PIECE))
         filled = 0
@@ -100,6 +104,7 @@ class FramedSocket(Generic[Sent, Received]):
             if filled == len(held):
                 held.extend(bytes(min(count - filled, len(held))))
             try:
+                until(self._sock, deadline)
                 with memoryview(held) as view:
                     got = self._sock.recv_into(view[filled:])
             except OSError as error:
@@ -134,19 +139,25 @@ class Asker:
         self._open = True
 
     def ask(self, question: Question, kind: type[Expected], timeout_seconds: float | None = None) -> Expected:
-        """Returns the answer.
+        """Returns the answer; `timeout_seconds` is the longest wait for the turn, and then for question and answer together.
 
         Raises:
             CloisterError: what the enclave refuses with.
+            EnclaveBusyError: other questions took all the time; this one was not asked.
             EnclaveLostError: it is gone, does not answer in time, or answers something else.
         """
-        with self._turn:
+        if not self._turn.acquire(timeout=-1 if timeout_seconds is None else timeout_seconds):
+            raise EnclaveBusyError(
+                f"The sanitising enclave was busy with other questions for {timeout_seconds:g} s. Nothing was sent.",
+                remedy="Ask again later.",
+            )
+        try:
             if not self._open:
                 raise self._lost(self._why())
+            deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
             try:
-                self._socket.settimeout(timeout_seconds)
-                self._framed.send(question)
-                answer = self._framed.receive()
+                self._framed.send(question, deadline)
+                answer = self._framed.receive(deadline)
             except WireError as error:
                 self.close()
                 timed_out = isinstance(error.__cause__, TimeoutError)
@@ -160,6 +171,8 @@ class Asker:
             if not isinstance(answer, Failure):
                 self.close()
                 raise self._lost(self._why() if answer is None else f"it answered {type(answer).__name__}")
+        finally:
+            self._turn.release()
         raise answer.error()
 
     def close(self) -> None:

@@ -24,11 +24,19 @@ def send(sock: socket.socket, data: bytes | memoryview, deadline: float) -> None
     Raises:
         OSError: the connection is gone (`TimeoutError`: the deadline, a time of the monotonic clock, passed).
     """
-    _until(sock, deadline)
+    until(sock, deadline)
     sock.sendall(data)
 
 
-def _until(sock: socket.socket, deadline: float) -> None:
+def until(sock: socket.socket, deadline: float | None) -> None:
+    """Lets the next call on `sock` last until `deadline` at most, a time of the monotonic clock; None: as long as it takes.
+
+    Raises:
+        TimeoutError: it has passed.
+    """
+    if deadline is None:
+        sock.settimeout(None)
+        return
     left = deadline - time.monotonic()
     if left <= 0:  # also when data is there: a peer that always has one more byte would never end
         raise TimeoutError("The deadline passed.")
@@ -44,7 +52,7 @@ def receive_into(sock: socket.socket, target: memoryview, deadline: float) -> No
     """
     filled = 0
     while filled < len(target):
-        _until(sock, deadline)
+        until(sock, deadline)
         count = sock.recv_into(target[filled:], min(CHUNK, len(target) - filled))
         if not count:
             raise CutError("The connection was cut.")
