@@ -358,6 +358,19 @@ def test_ipv6_addresses_work() -> None:
     server.close()
 
 
+def test_addresses_as_users_write_them() -> None:
+    assert parse_address("host:7", 9) == parse_address("host:7") == ("host", 7)
+    assert parse_address("[::1]:7", 9) == ("::1", 7)
+    assert parse_address("host", 9) == ("host", 9)
+    assert parse_address("[::1]", 9) == ("::1", 9)
+    for address in ("host", "[::1]"):
+        with pytest.raises(SettingsError, match="not an address"):
+            parse_address(address)
+    for address in ("", ":7", "[]:7", "host:", "host:65536"):
+        with pytest.raises(SettingsError, match="not an address"):
+            parse_address(address, 9)
+
+
 @pytest.mark.parametrize("port", ["²", "٣٤", "9" * 5000, "-1", "+1", "1_0"])
 def test_what_is_not_a_port_is_refused(port: str) -> None:
     with pytest.raises(SettingsError, match="not an address"):

@@ -5,8 +5,8 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from cloister.local.confined import parse_address
 from cloister.wire.channel_messages import MAX_HELLO_BYTES, Hello, decode
+from cloister.wire.tcp import parse_address
 
 
 class Proxy:

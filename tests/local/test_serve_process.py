@@ -21,12 +21,12 @@ from cloister.attest.policy import Policy
 from cloister.attest.roots import Roots
 from cloister.attest.session import checker
 from cloister.errors import ChannelError
-from cloister.local.confined import parse_address
 from cloister.local.connections import MOST_CONNECTIONS
 from cloister.seal.policy import parse_policy
 from cloister.wire.channel_messages import VERSION, Hello, Suite
 from cloister.wire.channel_socket import SealedClient
 from cloister.wire.session import AskInfo, Generate, Sampling
+from cloister.wire.tcp import parse_address
 from tests.local.proxy import Proxy, only_a_hello
 
 PROMPT = "Once upon a time"

@@ -17,11 +17,12 @@ from cloister.attest.roots import Roots
 from cloister.errors import ChannelError, EvidenceRefusedError, GenerationCancelled, RequestError, SettingsError
 from cloister.gateway.enclave_engine import Enclave
 from cloister.local.client import LLM
-from cloister.local.confined import ConfinedServer, parse_address
+from cloister.local.confined import ConfinedServer
 from cloister.local.remote import RemoteLLM
 from cloister.seal.policy import parse_policy, stand_in_policy
 from cloister.wire.channel import REFUSED
 from cloister.wire.session import Sampling
+from cloister.wire.tcp import parse_address
 from tests.local.proxy import Proxy, only_a_hello
 
 PROMPT = "Once upon a time"

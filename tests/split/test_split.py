@@ -16,16 +16,17 @@ from cloister.errors import (
     EngineProtocolError,
     EngineUnreachableError,
     RequestError,
+    SettingsError,
     UnsupportedModelError,
-    WireError,
 )
 from cloister.model.embedding import EmbeddingLayer
 from cloister.privacy.accounting import Charge, pure
 from cloister.privacy.ledger import Entry, Ledger
 from cloister.privacy.mechanism import Cost
 from cloister.split.client import EmbeddingPart, Spent, SplitClient
-from cloister.split.frames import Element, Frame, Kind, parse_address, receive, send, text_frame
+from cloister.split.frames import Element, Frame, Kind, receive, send, text_frame
 from cloister.split.sanitise import AsPublished, rare_tokens, unsanitised
+from cloister.wire.tcp import parse_address
 
 torch = pytest.importorskip("torch", reason="a split server needs torch: make setup installs the CPU build")
 transformers = pytest.importorskip("transformers", reason="a split server needs transformers")
@@ -278,7 +279,7 @@ def test_a_server_that_lies_or_leaves(decoder: tuple[Path, Any], served: Served)
         nobody = f"127.0.0.1:{free.getsockname()[1]}"
     with pytest.raises(EngineUnreachableError, match="No split server"):
         SplitClient(part, nobody)
-    with pytest.raises(WireError, match="no address"):
+    with pytest.raises(SettingsError, match="not an address"):
         SplitClient(part, "somewhere")
     beyond = Frame(Kind.TOKENS, 1, Element.I32, np.array([[10**6]], np.int32))
     wrong_session = Frame(Kind.TOKENS, 5, Element.I32, np.array([[3]], np.int32))

@@ -112,12 +112,13 @@ def _inside(
     adapters: dict[str, Path],
 ) -> None:
     from cloister.local.client import plain_settings
-    from cloister.local.confined import parse_address
+    from cloister.local.confined import PORT
     from cloister.local.owner import Owner
     from cloister.local.serve import EnclaveServer
     from cloister.seal.client import connect
     from cloister.seal.package import is_package
     from cloister.wire.session import Open
+    from cloister.wire.tcp import parse_address
 
     owner = None
     if is_package(model):
@@ -130,7 +131,7 @@ def _inside(
         plain_settings(settings),
         adapters={name: str(folder.resolve()) for name, folder in adapters.items()},
     )
-    where = parse_address(listen)
+    where = parse_address(listen, PORT)
     with console.status("opening the model ..."):
         server = EnclaveServer(request, attester, owner=owner)
     with server, socket.create_server(where) as listener:

@@ -22,6 +22,7 @@ from cloister.local.broker_link import stand_in_file
 from cloister.local.client import LLM, Listener
 from cloister.seal.policy import stand_in_policy
 from cloister.settings import Settings
+from cloister.wire.tcp import parse_address
 
 PORT: Final = 7780
 """Where clients look when an address names no port."""
@@ -44,7 +45,7 @@ class ConfinedServer:
         Raises:
             SettingsError: the address cannot be had. What `cloister.load` raises is raised too.
         """
-        host, port = parse_address(listen)
+        host, port = parse_address(listen, PORT)
         try:
             self._socket = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         except OSError as error:
@@ -111,21 +112,6 @@ class ConfinedServer:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 socket.send_fds(self._ours, [b"connection"], [sock.fileno()])
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """Returns host and port of `host`, `host:port` or `[host]:port`.
-
-    Raises:
-        SettingsError: it is none of them.
-    """
-    host, colon, port = text.rpartition(":")
-    if not colon or text.endswith("]"):
-        host, port = text, str(PORT)
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
-        raise SettingsError(f"{text!r} is not an address.", remedy="Give HOST:PORT.")
-    return host, int(port)
 
 
 def write_policy(path: Path, text: str) -> None:

@@ -22,10 +22,11 @@ from cloister.attest.roots import Roots
 from cloister.attest.session import ask, checker
 from cloister.errors import ChannelError, RequestError, SettingsError
 from cloister.local.client import chat_request, error_of, prompt_request
-from cloister.local.confined import parse_address
+from cloister.local.confined import PORT
 from cloister.local.reply import Record, Reply
 from cloister.wire.channel_socket import SealedClient
 from cloister.wire.session import Answered, AskInfo, Cancel, Delta, Failure, Finished, Generate, Ready
+from cloister.wire.tcp import parse_address
 
 MEASURED: Final = "the measurement that the policy names covers the model"
 """Why no model has to be named besides the policy."""
@@ -201,7 +202,7 @@ def tcp(address: str) -> Callable[[], socket.socket]:
     Raises:
         SettingsError: it is no address. The returned function raises `ChannelError` when nothing answers there.
     """
-    where = parse_address(address)
+    where = parse_address(address, PORT)
 
     def dial() -> socket.socket:
         try:

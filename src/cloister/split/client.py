@@ -19,7 +19,8 @@ import numpy as np
 from cloister.errors import EngineProtocolError, EngineUnreachableError, RequestError, WireError
 from cloister.model.embedding import EmbeddingLayer
 from cloister.model.tokenizer import Tokenizer
-from cloister.split.frames import Element, Frame, Kind, parse_address, receive, send, text_frame
+from cloister.split.frames import Element, Frame, Kind, receive, send, text_frame
+from cloister.wire.tcp import parse_address
 
 Sanitise = Callable[[Sequence[int]], list[int]]
 """Returns the tokens that are sent for tokens; as many as it is given."""
@@ -120,6 +121,7 @@ class SplitClient:
         """Connects and checks that the server's model is this one.
 
         Raises:
+            SettingsError: the address is none.
             EngineUnreachableError: it cannot be reached.
             EngineProtocolError: it serves another model, or is no split server.
         """

@@ -133,18 +133,6 @@ def receive(connection: socket.socket) -> Frame | None:
     return Frame(frame_kind, session, Element(element), payload)
 
 
-def parse_address(address: str) -> tuple[str, int]:
-    """Returns host and port of `host:port`.
-
-    Raises:
-        WireError: it is not one.
-    """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise WireError(f"{address!r} is no address.", remedy="Give HOST:PORT.")
-    return host.strip("[]"), int(port)
-
-
 def finite(values: np.ndarray, element: Element) -> bool:
     """Returns whether no element is infinite or NaN."""
     if element is Element.BF16:

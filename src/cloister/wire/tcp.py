@@ -59,13 +59,16 @@ def receive_into(sock: socket.socket, target: memoryview, deadline: float) -> No
         filled += count
 
 
-def parse_address(address: str) -> tuple[str, int]:
-    """Returns host and port of `host:port` (or `[ipv6]:port`).
+def parse_address(address: str, default_port: int | None = None) -> tuple[str, int]:
+    """Returns host and port of `host:port` or `[ipv6]:port`, and with a default port also of `host` or `[ipv6]`.
 
     Raises:
-        SettingsError: it is not one.
+        SettingsError: it is none of them.
     """
     host, separator, port = address.rpartition(":")
-    if not separator or not (port.isascii() and port.isdigit()) or len(port) > 5 or int(port) > 65535 or not host:
+    if default_port is not None and (not separator or address.endswith("]")):
+        host, port = address, str(default_port)
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not (port.isascii() and port.isdigit()) or len(port) > 5 or int(port) > 65535:
         raise SettingsError(f"{address!r} is not an address.", remedy="Write host:port, for instance 10.0.0.2:7000.")
-    return host.strip("[]"), int(port)
+    return host, int(port)
