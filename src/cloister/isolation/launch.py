@@ -5,6 +5,7 @@ The module's `main` finds its arguments in sys.argv, and what holds in `cloister
 """
 
 import importlib
+import socket
 import sys
 
 from cloister.isolation.confinement import Applied, Confinement, confine
@@ -22,6 +23,11 @@ def applied() -> Applied | None:
     main = sys.modules.get("__main__")
     found = getattr(main, "_APPLIED", None)
     return found if type(found).__name__ == "Applied" else None
+
+
+def inherited(number: str) -> socket.socket:
+    """Returns the socket that was passed under this number."""
+    return socket.socket(fileno=int(number))
 
 
 def run() -> int:

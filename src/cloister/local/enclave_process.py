@@ -5,7 +5,6 @@ model and its sockets (`local.sandbox`), but not protected from root. It says so
 """
 
 import argparse
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -30,13 +29,12 @@ from cloister.enclave.receipts import CheckCounter, SessionReceipts
 from cloister.enclave.serving import SealedService
 from cloister.enclave.session import Session, failure, report
 from cloister.errors import AcceleratorError, CloisterError, WireError
-from cloister.isolation.launch import applied
-from cloister.isolation.secret_memory import keys_at_rest
+from cloister.isolation.launch import inherited
 from cloister.local.accelerators import open_accelerators
 from cloister.local.assembly import assemble, outside, register, release
 from cloister.local.connections import Connections
 from cloister.local.opening import open_asked
-from cloister.local.owner import Owner, stand_in
+from cloister.local.owner import Owner, stand_in, tee
 from cloister.local.voices import describe, voice_of
 from cloister.local.workbench import chosen_plan
 from cloister.local.workers import StartWorker, asking
@@ -45,8 +43,6 @@ from cloister.settings import Settings, from_mapping
 from cloister.wire.session import Event, Open, Progress, Ready, Rehearsal, SessionSocket, Sightings
 
 INSECURE = "INSECURE baseline {}: the accelerator sees what the threat profile calls secret"
-
-STAND_IN = "software stand-in (not a TEE: the host can read its memory)"
 
 
 def rehearse(accelerators: Sequence[Accelerator], rehearsal: Rehearsal) -> tuple[list[Accelerator], Observer | None]:
@@ -159,7 +155,7 @@ class EnclaveProcess:
             max_context=parts.forward.max_context,
             has_chat_template=directory.tokenizer.has_chat_template,
             accelerators=parts.gate.accelerators,
-            tee=f"{STAND_IN}; {applied() or 'not confined'}; {keys_at_rest()}",
+            tee=tee(),
             policy=plan.policy,
             plan=plan.digest(),
             warning=INSECURE.format(plan.policy) if isinstance(plan, InsecurePlan) else "",
@@ -223,10 +219,6 @@ def sightings(observer: Observer) -> Sightings:
     )
 
 
-def _inherited(number: str) -> socket.socket:
-    return socket.socket(fileno=int(number))
-
-
 def main() -> int:
     """Runs the enclave process on inherited sockets, and returns the exit code.
 
@@ -236,7 +228,7 @@ def main() -> int:
     """
     parser = argparse.ArgumentParser()
     for name in ("session", "launcher", "broker", "connections"):
-        parser.add_argument(f"--{name}", type=_inherited)
+        parser.add_argument(f"--{name}", type=inherited)
     parser.add_argument("--stand-in", type=Path)
     given = parser.parse_args()
     attester = stand_in(given.stand_in)

@@ -9,6 +9,8 @@ from pathlib import Path
 from cloister.attest.evidence import Attester
 from cloister.attest.sim import Installation, SimAttester
 from cloister.errors import AttesterError
+from cloister.isolation.launch import applied
+from cloister.isolation.secret_memory import keys_at_rest
 
 Prove = Callable[[bytes], Attester]
 """Given the measurement of this program, returns what proves that it runs here."""
@@ -21,6 +23,13 @@ class Owner:
     broker: socket.socket
     """Connected."""
     attester: Prove
+
+
+def tee() -> str:
+    """Returns what runs this process, what confines it and where its keys rest, in words."""
+    return (
+        f"software stand-in (not a TEE: the host can read its memory); {applied() or 'not confined'}; {keys_at_rest()}"
+    )
 
 
 def stand_in(file: Path | None) -> Prove:

@@ -20,10 +20,8 @@ from cloister.gateway.embedding import PromptMaker
 from cloister.gateway.engine import Transport
 from cloister.gateway.protect import detection_for, sampler_for
 from cloister.gateway.sanitising import PromptGuard, protection
-from cloister.isolation.launch import applied
-from cloister.isolation.secret_memory import keys_at_rest
 from cloister.local.client_part import client_folder
-from cloister.local.owner import Owner, Prove
+from cloister.local.owner import Owner, Prove, tee
 from cloister.model.spec import read_spec
 from cloister.privacy import candidate_file
 from cloister.privacy.detector import Dictionary, Mode
@@ -50,7 +48,6 @@ from cloister.wire.sanitising import (
 FORMAT: Final = "cloister-sanitising/1"
 CONTEXT: Final = b"sanitise"
 """What evidence of a sanitising enclave is for."""
-STAND_IN: Final = "software stand-in (not a TEE: the host can read its memory)"
 
 Handle = Callable[[Question], Answer]
 
@@ -169,8 +166,3 @@ def _words_digest(entries: Mapping[str, Any]) -> str:
     return (
         hashlib.sha256(canonical({word: str(label) for word, label in entries.items()})).hexdigest() if entries else ""
     )
-
-
-def tee() -> str:
-    """Returns what runs this process, in words."""
-    return f"{STAND_IN}; {applied() or 'not confined'}; {keys_at_rest()}"

@@ -18,6 +18,7 @@ import threading
 from pathlib import Path
 
 from cloister.errors import CloisterError, RequestError, WireError
+from cloister.isolation.launch import inherited
 from cloister.local.owner import Owner, Prove, stand_in
 from cloister.local.sanitising_parts import Handle, Opened, open_gateway
 from cloister.local.sanitising_split import open_split
@@ -78,10 +79,6 @@ def _answered(handle: Handle, question: Question) -> Answer:
         return Failure.of(CloisterError(f"The sanitising enclave failed ({type(error).__name__}); nothing was sent."))
 
 
-def _inherited(number: str) -> socket.socket:
-    return socket.socket(fileno=int(number))
-
-
 def main() -> int:
     """Runs the enclave on inherited sockets, and returns the exit code.
 
@@ -90,7 +87,7 @@ def main() -> int:
     """
     parser = argparse.ArgumentParser()
     for name in ("prompts", "reports", "broker"):
-        parser.add_argument(f"--{name}", type=_inherited)
+        parser.add_argument(f"--{name}", type=inherited)
     parser.add_argument("--stand-in", type=Path)
     given = parser.parse_args()
     prove = stand_in(given.stand_in)

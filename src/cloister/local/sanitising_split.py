@@ -13,8 +13,8 @@ from typing import Any, Final
 
 from cloister.errors import RequestError, SettingsError
 from cloister.local.client_part import client_folder
-from cloister.local.owner import Owner, Prove
-from cloister.local.sanitising_parts import FORMAT, Opened, Prover, tee, unasked
+from cloister.local.owner import Owner, Prove, tee
+from cloister.local.sanitising_parts import FORMAT, Opened, Prover, unasked
 from cloister.model.embedding import EmbeddingLayer
 from cloister.privacy.accounting import Charge, pure
 from cloister.privacy.ledger import Entry, Ledger
