@@ -106,6 +106,10 @@ def test_a_folder_that_others_may_write_is_refused(monkeypatch: pytest.MonkeyPat
     folder.symlink_to(tmp_path)
     with pytest.raises(IsolationError, match="not yours alone"):
         kernel_variables("enclave")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(PACKAGE / "enclave"))
+    with pytest.raises(AcceleratorLostError, match="programs are loaded from"):
+        shared.launch_worker("w", Backend.NUMBA, 1)
+    assert not list((PACKAGE / "enclave").glob("*-kernels"))
     (tmp_path / "file").touch()
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(AcceleratorLostError, match="cannot be started: No folder for compiled kernels"):

@@ -35,11 +35,12 @@ def code_folder(role: Role, chosen: str, kind: str) -> Path:
     It lies in the folder that the variable `chosen` names, else in this user's cache, under the version of this program.
 
     Raises:
-        IsolationError: it cannot be made, or others may write it.
+        IsolationError: it cannot be made, others may write it, or it lies among programs.
     """
     named = os.environ.get(chosen)
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cloister"
     folder = (Path(named) if named else user).absolute() / f"{role}-{kind}" / _version()
+    require_no_code([str(folder)])
     remedy = f"Set XDG_CACHE_HOME or {chosen} to a folder of your own."
     try:
         for made in (folder.parent, folder):
