@@ -163,12 +163,12 @@ class Ledger:
             raise BudgetError(
                 "A session's name is empty, too long or not printable.", remedy="Use 1 to 128 characters."
             )
-        self._check_process()
+        rule = None if name in self.sessions() else chosen(budget, per_span, curve)  # seconds, with no lock held
         with self._file, explained(self.path), transaction(self._db):
             columns = "budget, policy, first, gap, curve"
             row = self._db.execute(f"SELECT {columns} FROM sessions WHERE name = ?", (name,)).fetchone()  # noqa: S608
             if row is None:
-                rule = chosen(budget, per_span, curve)
+                rule = rule or chosen(budget, per_span, curve)
                 values = (name, budget, DELTA, rule.rule, rule.most, policy, self._clock(), *packed(curve))
                 self._db.execute("INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
             elif tuple(row[:2]) != (budget, policy):
