@@ -3,10 +3,12 @@
 import hashlib
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,9 +19,10 @@ from cloister.errors import CandidatesError
 from cloister.privacy import candidate_file
 from cloister.privacy.build import Plan, build, classes
 from cloister.privacy.candidates import Candidates, Provenance
-from cloister.privacy.certificate import TOTAL
-from cloister.privacy.mechanism import Kind, Mechanism, Sampler, Span
+from cloister.privacy.certificate import TOTAL, hockey_stick
+from cloister.privacy.mechanism import DominatingCurve, Kind, Mechanism, Sampler, Span
 from cloister.privacy.partition import centred, partition, sketch
+from cloister.privacy.profile import check_dominates, of_any, profile
 from cloister.privacy.sampler import TableSampler
 from cloister.privacy.vocabulary import (
     LISTED,
@@ -330,6 +333,58 @@ def test_the_curve_dominates_every_class(candidates: Candidates) -> None:
             for at in (0, 40, 64, 90, 127):
                 excess = np.maximum(p[:, None] - np.exp(grid[at]) * p[None], 0).sum(axis=2).max()
                 assert curve.deltas[at] >= excess
+
+
+def test_the_profile_of_a_table_is_its_hockey_stick(candidates: Candidates) -> None:
+    for one in candidates.sets:
+        for table in one.tables:
+            slow = hockey_stick(table / TOTAL, np.arange(65) * one.curve.gap)
+            np.testing.assert_allclose(profile(table, one.curve.gap, 64), slow, atol=1e-14)
+        check_dominates(of_any(float(one.epsilon), 0.3), one.tables)
+
+
+@pytest.mark.parametrize("place", [0, 30, 64, 100])
+def test_a_curve_that_is_not_that_of_its_tables_is_refused(candidates: Candidates, place: int, tmp_path: Path) -> None:
+    first, *others = candidates.sets
+    curve = first.curve
+    assert TableSampler(candidates, first.mechanism, first.epsilon).privacy_loss() == curve
+    least = [max(0.0, -math.expm1(curve.first + i * curve.gap)) for i in range(len(curve.deltas))]
+    low = [
+        max(delta - (i >= place) * 1e-9, floor)
+        for i, (delta, floor) in enumerate(zip(curve.deltas, least, strict=True))
+    ]
+    path = tmp_path / "forged"
+    for deltas in (low, np.minimum.accumulate([*curve.deltas[:place], *[curve.deltas[place] * 0.9] * (129 - place)])):
+        forged = replace(first, curve=replace(curve, deltas=tuple(float(delta) for delta in deltas)))
+        candidate_file.write(replace(candidates, sets=(forged, *others)), path)
+        with pytest.raises(CandidatesError, match=r"dominating curve"):
+            TableSampler(candidate_file.read(path), first.mechanism, first.epsilon).privacy_loss()
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [
+        DominatingCurve(-2.0, 2 / 64, (0.0,) * 129),
+        DominatingCurve(-2.0, 2 / 64, (*(1e-9,) * 128, 0.0)),
+        DominatingCurve(-2e9, 2 / 64, (1.0, 0.0)),
+    ],
+)
+def test_a_file_with_an_impossible_curve_is_refused(
+    candidates: Candidates, curve: DominatingCurve, tmp_path: Path
+) -> None:
+    candidate_file.write(replace(candidates, sets=(replace(candidates.sets[0], curve=curve),)), tmp_path / "forged")
+    with pytest.raises(CandidatesError, match="no.* privacy profile"):
+        candidate_file.read(tmp_path / "forged")
+
+
+def test_where_a_curve_would_take_long_to_check_that_of_any_mechanism_serves(
+    candidates: Candidates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cloister.privacy.sampler.MOST_WORK", 1)
+    sampler = TableSampler(candidates)
+    curve = sampler.privacy_loss()
+    assert curve != candidates.sets[0].curve
+    check_dominates(curve, candidates.table_set(Mechanism.CHANNEL, Fraction(2)).tables)
 
 
 def cloister(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:

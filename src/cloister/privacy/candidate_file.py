@@ -8,7 +8,8 @@ Layout: `CLOISTERCANDIDATES` and the version byte; the length of a JSON header (
 order of the header; SHA-256 over all before it. Numbers are little-endian.
 
 Guarantees: `read` returns only if the digest is right, every length is as announced, every class has a table in every
-set, and every table passes `privacy.certificate.certify` for the ε that its set claims.
+set, and every table passes `privacy.certificate.certify` for the ε that its set claims. Whether a set's curve dominates
+its tables is checked when it is first used (`privacy.sampler`), since it takes longer.
 """
 
 import hashlib
@@ -22,7 +23,8 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from cloister.errors import CandidatesError, CertificateError
+from cloister.errors import CandidatesError, CertificateError, PrivacyError
+from cloister.privacy.accounting import check_curve
 from cloister.privacy.candidates import CandidateClass, Candidates, Provenance, TableSet
 from cloister.privacy.certificate import MAX_MEMBERS, AnyWeights, certificate, certify
 from cloister.privacy.mechanism import DominatingCurve, Kind, Mechanism
@@ -192,6 +194,10 @@ def _set(one: _Set, sizes: list[int], stream: bytes) -> TableSet:
     except CertificateError as error:
         raise CandidatesError(error.message, remedy=error.remedy) from None
     curve = DominatingCurve(one.curve_first, one.curve_gap, tuple(one.curve))
+    try:
+        check_curve(curve)
+    except PrivacyError as error:
+        raise CandidatesError(error.message, remedy=error.remedy) from None
     return TableSet(one.mechanism, epsilon, tuple(tables), certificates, tuple(one.attacks), curve)
 
 

@@ -15,14 +15,19 @@ import os
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-from cloister.errors import CandidatesError
+from cloister.errors import CandidatesError, CertificateError
 from cloister.privacy.candidates import Candidates
 from cloister.privacy.channel import Channel, uniform_index
 from cloister.privacy.mechanism import Cost, DominatingCurve, Kind, Mechanism, RandomSource, Replacement, Span
+from cloister.privacy.profile import check_dominates, of_any, work
 from cloister.privacy.vocabulary import casing
 
 NOTHING = Cost(0.0, 0.0)
 UNKNOWN = -1
+MOST_WORK = 2**28
+"""What checking a curve may come to (`profile.work`): about 500 classes of 64, some seconds."""
+STEPS = 64
+"""Points of the curve of any mechanism, on each side of ε = 0."""
 
 Place = tuple[int, int]
 
@@ -48,7 +53,8 @@ class TableSampler:
         self._mechanism = mechanism
         self._channel = Channel(chosen.tables, source)
         self._costs = tuple(Cost(one.epsilon, one.rho) for one in chosen.certificates)
-        self._curve = chosen.curve
+        self._tables = chosen
+        self._curve: DominatingCurve | None = None
         self._epsilon = max((cost.epsilon for cost in self._costs), default=0.0)
         self._of_kind: dict[Kind, list[int]] = {}
         for number, group in enumerate(candidates.classes):
@@ -70,7 +76,25 @@ class TableSampler:
         return self._candidates.digest
 
     def privacy_loss(self) -> DominatingCurve:
-        """Returns the curve that dominates every draw from every class."""
+        """Returns the curve that dominates every draw from every class.
+
+        It is the one that came with the tables, checked against them at the first call; where that would take longer than
+        some seconds, the one of any mechanism of their ε.
+
+        Raises:
+            CandidatesError: the curve that came with the tables does not dominate them.
+        """
+        if self._curve is None:
+            curve, tables = self._tables.curve, self._tables.tables
+            if work(curve, tables) > MOST_WORK:
+                epsilon = float(self._tables.epsilon)
+                self._curve = of_any(epsilon, epsilon / STEPS)
+            else:
+                try:
+                    check_dominates(curve, tables)
+                except CertificateError as error:
+                    raise CandidatesError(error.message, remedy=error.remedy) from None
+                self._curve = curve
         return self._curve
 
     def cost(self, span: Span) -> Cost:
