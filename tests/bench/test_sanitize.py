@@ -180,6 +180,7 @@ def test_a_whole_run_on_tiny_data_goes_on_where_it_was(
         return measure(*given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(sanitize, "measure", interrupted)
+    monkeypatch.setattr(sanitize, "commit", lambda: "0123abc")  # code that was changed since its commit does not go on
     with pytest.raises(KeyboardInterrupt):
         sanitize.run(*arguments)
     record = sanitize.run(*arguments)
@@ -232,3 +233,11 @@ def test_what_was_replaced_comes_back(tmp_path: Path) -> None:
         assert row["others back %"] == row["texts with words back %"] == 100
         assert 0 < row["mean ε of a text"] <= row["ε"] * row["spans"] / 20
     assert record.rows[1]["replaced by another %"] < record.rows[0]["replaced by another %"]
+
+
+@pytest.mark.parametrize(("commit", "kept"), [("0123abc", 1), ("0123abc+changes", 0)])
+def test_an_interrupted_run_goes_on_only_with_the_code_that_began_it(commit: str, kept: int, tmp_path: Path) -> None:
+    settings = {"seeds": 1, "commit": commit}
+    sanitize.Kept(tmp_path / "rows", settings).add({"task": "sst2"})
+    assert len(sanitize.Kept(tmp_path / "rows", settings).rows) == kept
+    assert sanitize.Kept(tmp_path / "rows", {**settings, "seeds": 2}).rows == []

@@ -17,6 +17,9 @@ from rich.table import Table
 
 from cloister import __version__
 
+CHANGED = "+changes"
+"""What follows a commit if the code was changed since."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -105,7 +108,7 @@ def commit() -> str:
     """Returns the commit of the checkout that this code runs from, marked if it was changed; empty outside one."""
     here = Path(__file__).parent
     head = _git(["rev-parse", "--short", "HEAD"], here)
-    return head + ("+changes" if head and _git(["status", "--porcelain", "."], here.parent) else "")
+    return head + (CHANGED if head and _git(["status", "--porcelain", "."], here.parent) else "")
 
 
 def _git(arguments: list[str], folder: Path) -> str:

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from cloister.audit.rivals import Rival
 from cloister.bench import text_task as task
-from cloister.bench.record import Record, commit
+from cloister.bench.record import CHANGED, Record, commit
 from cloister.bench.sanitize_compare import SEED_KEYS, SEEDS, comparisons
 from cloister.bench.sanitize_setting import MEMBERS, SMALL, Setting, TaskSetting, prepare, sanitised
 from cloister.bench.sanitize_systems import CHANNEL, EVERYWHERE, System, at_attack, large, systems
@@ -89,7 +89,10 @@ class Kept:
     """The rows of a run so far, in a file, so that an interrupted run goes on."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        """Reads the rows of a run with equal settings; those of another one are dropped."""
+        """Reads the rows of a run with equal settings, the commit among them; those of another one are dropped.
+
+        So are those of code that was changed since its commit: it may have changed again.
+        """
         self.path = path
         self.rows: list[dict[str, Any]] = []
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -97,7 +100,7 @@ class Kept:
             held = [json.loads(line) for line in lines]
         except ValueError:
             held = []
-        if held and held[0] == settings:
+        if held and held[0] == settings and not str(settings.get("commit", "")).endswith(CHANGED):
             self.rows = held[1:]
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
