@@ -15,7 +15,7 @@ pytest.importorskip("dp_accounting", reason="dp-accounting (the extra `gateway`)
 pytest.importorskip("scipy", reason="SciPy (the extra `candidates`) is not installed")
 
 from cloister.assets import demo_model
-from cloister.bench import detection, engines, gateway, prompts, sanitising
+from cloister.bench import detection, engines, gateway, prompts, sanitize_speed
 from cloister.errors import EngineProtocolError, GatewayError, SettingsError
 from cloister.gateway.http import EngineClient
 from cloister.model.directory import open_model
@@ -43,10 +43,11 @@ def stub() -> Iterator[StubEngine]:
 def test_every_stage_of_sanitising_is_measured(candidates: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"Meeting {number} with Anna Schmidt in Paris went well." for number in range(300)))
-    record = sanitising.run(demo_model(), candidates, ["rules"], text, 10, True, QUIET)
+    record = sanitize_speed.run(demo_model(), candidates, ["rules"], text, 10, True, QUIET)
     assert [row["prompt"] for row in record.rows] == [
         "letters, all new",
         "a chat's turn, up to 8 before it",
+        "letters, each the first prompt of a session",
         "text.txt",
     ]
     for row in record.rows:

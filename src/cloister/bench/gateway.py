@@ -63,7 +63,8 @@ def record(rows: list[dict[str, Any]], settings: dict[str, Any]) -> Record:
         settings,
         "Streamed chats, directly and through the gateway in turns; medians in milliseconds. Every request names new people, "
         "sums and dates, so each is detected, charged, drawn, sent and restored anew; what is asked directly is a sanitised "
-        "letter of the same kind. 'spread': between the quartiles of what was added, pair by pair. Engine, gateway and client "
+        "letter of the same kind. The budget does not end, so nearly every charge is covered by what the session reserved and "
+        "does not wait for the disk. 'spread': between the quartiles of what was added, pair by pair. Engine, gateway and client "
         "share the machine.",
     )
 

@@ -186,8 +186,8 @@ def restoring(
     record.show(stdout())
 
 
-@app.command("sanitising")
-def sanitising(
+@app.command("sanitize-speed")
+def sanitize_speed(
     model: Annotated[Path | None, typer.Option("--model", help="Folder of a model; default: the shipped one.")] = None,
     candidates: Annotated[
         Path | None, typer.Option("--candidates", help="Its candidate file; default: the one in the model's folder.")
@@ -202,7 +202,7 @@ def sanitising(
 ) -> None:
     """What sanitising a prompt of 128 tokens costs: detect, charge, draw, replace, embed."""
     from cloister.assets import demo_model
-    from cloister.bench.sanitising import run
+    from cloister.bench.sanitize_speed import run
 
     names = [name.strip() for name in detectors.split(",")]
     record = run(model or demo_model(), candidates, names, data, prompts, smoke, stderr())
