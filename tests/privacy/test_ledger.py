@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from cloister.errors import BudgetError, LedgerError, PrivacyError
 from cloister.privacy.accounting import Charge, compose, pure, zcdp_budget, zcdp_epsilon
+from cloister.privacy.filters import Filter
 from cloister.privacy.ledger import Entry, Ledger
 from cloister.privacy.mechanism import Cost, DominatingCurve
 from cloister.privacy.reservation import MOST_DRAWS
@@ -170,6 +171,21 @@ def test_a_session_keeps_the_curve_that_its_rule_counts_by(tmp_path: Path, keep:
         with pytest.raises(BudgetError, match="privacy loss is another"):
             ledger.open_session("s", 16.0, pure(2.0), "words", other)
         ledger.open_session("s", 16.0, pure(2.0), "words", first)
+
+
+def test_the_rule_is_chosen_while_others_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, asked = tmp_path / "ledger.db", []
+
+    def watched(*arguments: object) -> Filter:
+        with contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            asked.append(arguments)
+        return Filter("basic", 16.0)
+
+    monkeypatch.setattr("cloister.privacy.ledger.chosen", watched)
+    opened(path).close()
+    opened(path).close()
+    assert len(asked) == 1  # a session that is there has its rule
 
 
 CHARGING = """
