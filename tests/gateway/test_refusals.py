@@ -25,8 +25,8 @@ from tests.gateway.stub_engine import StubEngine
 Start = Callable[..., Running]
 
 SECRETS = (
-    "zorblax", "quandry", "bluebird", "45200", "45,200", "quandry.org", "hunter22", "sk-abcdef", "4111 1111", "41111111", ".4111", "3704 0044",
-    "30 1234567", "secret-user", "secret-meta", "secret-key", "secret-name",
+    "zorblax", "quandry", "bluebird", "45200", "45,200", "quandry.org", "hunter22", "sk-abcdef", "4111 1111", "41111111", ".4111",
+    "3704 0044", "30 1234567", "secret-user", "secret-meta", "secret-key", "secret-name",
 )  # fmt: skip
 EVERYTHING = {
     "model": "stub",
