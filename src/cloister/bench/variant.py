@@ -258,9 +258,11 @@ def pad_cost(shape: str, batch: int = 32) -> dict[str, float]:
 
 
 def cpu_seconds_of(pid: int) -> float:
-    """Returns the CPU time of another process, user and system."""
+    """Returns the CPU time of another process and of those that it started, as bubblewrap does: user and system."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    started = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return own + sum(cpu_seconds_of(int(child)) for child in started)
 
 
 def main(arguments: list[str] | None = None) -> int:
