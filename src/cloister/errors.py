@@ -241,3 +241,11 @@ class RequestError(GenerationError):
 
 class GenerationCancelled(GenerationError):
     """The caller asked to stop."""
+
+
+def error_named(kind: str, message: str, remedy: str) -> CloisterError:
+    """Returns the error that another process reports by its class's name; a plain one where there is no such class."""
+    found = globals().get(kind)
+    if not (isinstance(found, type) and issubclass(found, CloisterError)):
+        found = CloisterError
+    return found(message, remedy=remedy)

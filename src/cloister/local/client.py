@@ -17,8 +17,7 @@ from typing import IO, TypeVar
 
 import msgspec
 
-from cloister import errors
-from cloister.errors import CloisterError, EnclaveLostError, RequestError
+from cloister.errors import CloisterError, EnclaveLostError, RequestError, WireError, error_named
 from cloister.isolation.bubblewrap import start
 from cloister.isolation.code_cache import kernel_variables
 from cloister.local.broker_link import BrokerLink, stand_in_files
@@ -236,13 +235,13 @@ class LLM:
     def _send(self, message: ToEnclave) -> bytes:
         try:
             return self._session.send(message)
-        except errors.WireError as error:
+        except WireError as error:
             raise (self._lost() if isinstance(error.__cause__, OSError) else error) from error
 
     def _receive(self) -> FromEnclave:
         try:
             message = self._session.receive_from_enclave()
-        except errors.WireError as error:
+        except WireError as error:
             self._generating = False
             raise (self._lost() if isinstance(error.__cause__, OSError) else error) from error
         if message is None:
@@ -324,7 +323,4 @@ def plain_settings(settings: Settings) -> dict[str, dict[str, object]]:
 
 def error_of(failure: Failure) -> CloisterError:
     """Returns the error that an enclave reports, of its own class where there is such a one."""
-    kind = getattr(errors, failure.kind, CloisterError)
-    if not (isinstance(kind, type) and issubclass(kind, CloisterError)):
-        kind = CloisterError
-    return kind(failure.message, remedy=failure.remedy)
+    return error_named(failure.kind, failure.message, failure.remedy)
