@@ -14,8 +14,8 @@ from typing import Annotated, Any, Final
 
 import msgspec
 
-from cloister import errors
-from cloister.errors import CloisterError
+from cloister.errors import CloisterError, error_named
+from cloister.wire.channel_messages import NONCE_BYTES
 
 MAX_QUESTION_BYTES: Final = 64 * 2**20
 """Longest question: a request of the protocol is at most a quarter of that."""
@@ -91,7 +91,7 @@ class AskReport(_Message, frozen=True):
 class AskEvidence(_Message, frozen=True):
     """Asks for evidence that is bound to a nonce; answered by `Shown`."""
 
-    nonce: Annotated[bytes, msgspec.Meta(min_length=16, max_length=64)]
+    nonce: Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 
 
 class Embed(_Message, frozen=True):
@@ -222,10 +222,7 @@ class Failure(_Message, frozen=True):
 
     def error(self) -> CloisterError:
         """Returns the error, of its own class where there is such a one."""
-        kind = getattr(errors, self.kind, CloisterError)
-        if not (isinstance(kind, type) and issubclass(kind, CloisterError)):
-            kind = CloisterError
-        return kind(self.message, remedy=self.remedy)
+        return error_named(self.kind, self.message, self.remedy)
 
 
 Question = OpenGateway | OpenSplit | OpenSession | Protect | AskReport | AskEvidence | Embed | EmbedNext
