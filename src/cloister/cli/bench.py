@@ -2,11 +2,14 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cloister.cli.display import stderr, stdout
+
+if TYPE_CHECKING:
+    from cloister.bench.record import Record
 
 app = typer.Typer(
     no_args_is_help=True, help="Measure speed, trusted CPU time and fidelity; each run writes a JSON record."
@@ -27,8 +30,7 @@ def latency(
     from cloister.bench.latency import run
 
     record = run(shape, tokens, smoke, stderr())
-    record.write(out)
-    record.show(stdout())
+    _publish(record, out)
 
 
 @app.command("fidelity")
@@ -42,8 +44,7 @@ def fidelity(
     from cloister.bench.fidelity import run
 
     record = run(model, text, smoke, stderr())
-    record.write(out)
-    record.show(stdout())
+    _publish(record, out)
 
 
 @app.command("products")
@@ -52,8 +53,7 @@ def products(smoke: SmokeOption = False, out: OutOption = Path("bench/results"))
     from cloister.bench.products import run
 
     record = run(smoke, stderr())
-    record.write(out)
-    record.show(stdout())
+    _publish(record, out)
 
 
 @app.command("plans")
@@ -66,8 +66,7 @@ def plans(
     from cloister.bench.plans import run
 
     record = run(shape, smoke, stderr())
-    record.write(out)
-    record.show(stdout())
+    _publish(record, out)
 
 
 @app.command("load")
@@ -82,8 +81,7 @@ def load(
     from cloister.bench.load import run
 
     record = run(gigabytes, smoke, stderr())
-    record.write(out)
-    record.show(stdout())
+    _publish(record, out)
 
 
 @app.command("seal")
@@ -92,8 +90,7 @@ def seal(smoke: SmokeOption = False, out: OutOption = Path("bench/results")) -> 
     from cloister.bench.seal import run
 
     record = run(smoke, stderr())
-    record.write(out)
-    record.show(stdout())
+    _publish(record, out)
 
 
 @app.command("startup")
@@ -102,8 +99,7 @@ def startup(smoke: SmokeOption = False, out: OutOption = Path("bench/results")) 
     from cloister.bench.startup import run
 
     record = run(smoke, stderr())
-    record.write(out)
-    record.show(stdout())
+    _publish(record, out)
 
 
 @app.command("leakage")
@@ -122,8 +118,7 @@ def leakage(
     from cloister.bench.leakage import run
 
     record = run(model, text, policy, smoke, stderr())
-    record.write(out)
-    record.show(stdout())
+    _publish(record, out)
 
 
 @app.command("attention")
@@ -140,8 +135,7 @@ def attention(
     from cloister.bench.attention import run
 
     record = run(shape, contexts or [128, 512, 2048], tokens, smoke, stderr())
-    record.write(out)
-    record.show(stdout())
+    _publish(record, out)
 
 
 @app.command("candidates")
@@ -150,8 +144,7 @@ def candidates(smoke: SmokeOption = False, out: OutOption = Path("bench/results"
     from cloister.bench.candidates import run
 
     record = run(smoke, stderr())
-    record.write(out)
-    record.show(stdout())
+    _publish(record, out)
 
 
 @app.command("detection")
@@ -166,8 +159,7 @@ def detection(
     from cloister.bench.detection import run
 
     record = run(data, candidates, [name.strip() for name in detectors.split(",")], smoke, stderr())
-    record.write(out)
-    record.show(stdout())
+    _publish(record, out)
 
 
 @app.command("restoring")
@@ -182,8 +174,7 @@ def restoring(
     from cloister.bench.restoring import run
 
     record = run(data, candidates, [name.strip() for name in detectors.split(",")], smoke, stderr())
-    record.write(out)
-    record.show(stdout())
+    _publish(record, out)
 
 
 @app.command("sanitize-speed")
@@ -206,8 +197,7 @@ def sanitize_speed(
 
     names = [name.strip() for name in detectors.split(",")]
     record = run(model or demo_model(), candidates, names, data, prompts, smoke, stderr())
-    record.write(out)
-    record.show(stdout())
+    _publish(record, out)
 
 
 @app.command("crossing")
@@ -227,8 +217,7 @@ def crossing(
 
     names = [name.strip() for name in detectors.split(",")]
     record = run(Path(model or demo_model()), candidates, names, requests, smoke, stderr())
-    record.write(out)
-    record.show(stdout())
+    _publish(record, out)
 
 
 @app.command("gateway")
@@ -294,9 +283,8 @@ def sanitize(
     from cloister.bench.text_task import READERS
 
     record = run(data, vectors, tuple(dict.fromkeys(task or READERS)), split, smoke, out, stderr())
-    record.write(out)
+    _publish(record, out)
     plot(record, out)
-    record.show(stdout())
 
 
 @app.command("split")
@@ -315,6 +303,11 @@ def split(
     from cloister.bench.split import run
 
     record = run(model or demo_model(), tokens, repeats, epsilon, smoke, stderr())
+    _publish(record, out)
+
+
+def _publish(record: "Record", out: Path) -> None:
+    """Writes a record into its folder and shows it."""
     record.write(out)
     record.show(stdout())
 
