@@ -37,6 +37,7 @@ from cloister.privacy.accounting import (
 from cloister.privacy.filters import Filter, chosen
 from cloister.privacy.ledger_entries import Entry, PromptReport, Receipt, SessionReport, packed, unpacked
 from cloister.privacy.ledger_file import connected, explained, transaction
+from cloister.privacy.ledger_rows import Prompt, charges_of, reserved_by, used_by, write_prompts
 from cloister.privacy.mechanism import Cost, DominatingCurve
 from cloister.privacy.reservation import NOTHING, Amount, ahead, amount, limit, units
 
@@ -52,18 +53,6 @@ IDLE_SECONDS: Final = 300.0
 
 NUMBERS: Final = 512
 """Numbers of prompts that a process takes at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Prompt:
-    """A prompt that is charged and not yet written down."""
-
-    number: int
-    at: float
-    spans: int
-    repeated: int
-    pseudonyms: int
-    entries: tuple[Entry, ...]
 
 
 @dataclass
@@ -82,7 +71,7 @@ class _Open:
     """What is left of the reservation."""
     known: int = 0
     """What charges and reservations of all processes came to when the file was last read, in grains."""
-    pending: list[_Prompt] = field(default_factory=list)
+    pending: list[Prompt] = field(default_factory=list)
     last: float = 0.0
     """When it was last charged, in seconds of a monotonic clock."""
 
@@ -203,13 +192,13 @@ class Ledger:
             usable = bool(self._numbers) and not self._failed and not self._closed
             quick = usable and opened.left.covers(wanted)
             if quick:
-                prompt = _Prompt(self._numbers.popleft(), self._clock(), spans, repeated, pseudonyms, tuple(entries))
+                prompt = Prompt(self._numbers.popleft(), self._clock(), spans, repeated, pseudonyms, tuple(entries))
                 opened.left -= wanted
                 opened.pending.append(prompt)
                 opened.last = time.monotonic()
                 used = opened.known - opened.left.price
         if not quick:
-            made = _Prompt(0, self._clock(), spans, repeated, pseudonyms, tuple(entries))
+            made = Prompt(0, self._clock(), spans, repeated, pseudonyms, tuple(entries))
             prompt, used = self._charge_now(session, opened, wanted, made)
         self._begin_writing()
         basic = up(math.fsum(entry.charge.cost.epsilon * entry.charge.count for entry in entries))
@@ -247,8 +236,8 @@ class Ledger:
                     "SELECT COUNT(*), TOTAL(spans), TOTAL(repeated), TOTAL(pseudonyms) FROM prompts WHERE session = ?",
                     (name,),
                 ).fetchone()
-                charges = self._charges("prompts.session = ?", name)
-                spent_grains, reserved = self._used(name, Filter(rule, most, curve)), self._reserved(name)
+                charges = charges_of(self._db, "prompts.session = ?", name)
+                spent_grains, reserved = used_by(self._db, name, Filter(rule, most, curve)), reserved_by(self._db, name)
         spent = compose([entry.charge for entry in charges], curve, delta)
         largest = max((entry.charge.cost.epsilon for entry in charges), default=0.0)
         used = units(spent_grains + reserved.price)
@@ -267,7 +256,7 @@ class Ledger:
             ).fetchall()
             packed = self._db.execute("SELECT first, gap, curve FROM sessions WHERE name = ?", (session,)).fetchone()
             curve = unpacked(*(packed or (None, None, None)))
-            charges = {row[0]: self._charges("charges.prompt = ?", row[0]) for row in rows}
+            charges = {row[0]: charges_of(self._db, "charges.prompt = ?", row[0]) for row in rows}
         return [
             PromptReport(
                 *(int(row[0]), float(row[1]), int(row[2]), int(row[3]), int(row[4])),
@@ -303,7 +292,7 @@ class Ledger:
                     opened = self._sessions.setdefault(name, _Open(row[0], Filter(row[1], row[2], unpacked(*row[3:]))))
         return opened
 
-    def _charge_now(self, name: str, opened: _Open, wanted: Amount, prompt: _Prompt) -> tuple[_Prompt, int]:
+    def _charge_now(self, name: str, opened: _Open, wanted: Amount, prompt: Prompt) -> tuple[Prompt, int]:
         """Writes down a prompt that the reservation does not cover, and reserves for those to come.
 
         Returns it with its number, and what is used by then, in grains.
@@ -321,15 +310,15 @@ class Ledger:
                 with explained(self.path), transaction(self._db, durable=bool(prompt.entries)):
                     numbers = self._new_numbers()
                     prompt = replace(prompt, number=numbers.pop(0) if number is None else number)
-                    self._write(name, pending, opened.filter)
-                    reserved = self._reserved(name).price - opened.held.price
-                    used = self._used(name, opened.filter) + reserved
+                    write_prompts(self._db, name, pending, opened.filter)
+                    reserved = reserved_by(self._db, name).price - opened.held.price
+                    used = used_by(self._db, name, opened.filter) + reserved
                     free = limit(opened.filter.most) - used - wanted.price
                     if free < 0 and prompt.entries:
                         refused = _over(name, opened, used, wanted, reserved)
                         left = NOTHING  # another process may need it
                     else:
-                        self._write(name, [prompt], opened.filter)
+                        write_prompts(self._db, name, [prompt], opened.filter)
                         used += wanted.price
                         if prompt.entries:
                             left = ahead(free, opened.each)
@@ -377,8 +366,10 @@ class Ledger:
             numbers: list[int] = []
             try:
                 with explained(self.path), transaction(self._db, durable=more):
-                    self._write(name, pending, opened.filter)
-                    used = self._used(name, opened.filter) + self._reserved(name).price - opened.held.price
+                    write_prompts(self._db, name, pending, opened.filter)
+                    used = (
+                        used_by(self._db, name, opened.filter) + reserved_by(self._db, name).price - opened.held.price
+                    )
                     if more:
                         numbers = self._new_numbers()
                         left = covered + (ahead(limit(opened.filter.most) - used, opened.each) - covered)
@@ -417,19 +408,6 @@ class Ledger:
                 with contextlib.suppress(LedgerError):  # the next prompt tries again, and says what is wrong
                     self._settle(name, "none" if idle else "more")
 
-    def _write(self, name: str, prompts: Sequence[_Prompt], counted: Filter) -> None:
-        if not prompts:
-            return
-        before = self._used(name, counted)
-        entries = [(prompt.number, entry) for prompt in prompts for entry in prompt.entries]
-        self._db.executemany(
-            "INSERT INTO prompts VALUES (?, ?, ?, ?, ?, ?)",
-            [(p.number, name, p.at, p.spans, p.repeated, p.pseudonyms) for p in prompts],
-        )
-        self._db.executemany("INSERT INTO charges VALUES (?, ?, ?, ?, ?, ?)", [_row(*entry) for entry in entries])
-        used = before + amount([entry.charge for _, entry in entries], counted).price
-        self._db.execute("INSERT OR REPLACE INTO totals VALUES (?, ?)", (name, used))
-
     def _reserve(self, name: str, opened: _Open, left: Amount) -> int | None:
         """Makes the session's row hold exactly `left`; returns the row."""
         if left == opened.held:
@@ -439,19 +417,6 @@ class Ledger:
             return None
         row = (opened.row, name, self._clock(), left.price, left.epsilon, left.rho)
         return self._db.execute("INSERT OR REPLACE INTO reservations VALUES (?, ?, ?, ?, ?, ?)", row).lastrowid
-
-    def _used(self, name: str, counted: Filter) -> int:
-        """Returns what the charges that are written down come to, in grains."""
-        row = self._db.execute("SELECT used FROM totals WHERE session = ?", (name,)).fetchone()
-        if row is not None:
-            return int(row[0])
-        return amount([entry.charge for entry in self._charges("prompts.session = ?", name)], counted).price
-
-    def _reserved(self, name: str) -> Amount:
-        """Returns all reservations of a session together."""
-        columns = "COALESCE(SUM(amount), 0), COALESCE(SUM(epsilon), 0), COALESCE(SUM(rho), 0)"
-        row = self._db.execute(f"SELECT {columns} FROM reservations WHERE session = ?", (name,)).fetchone()  # noqa: S608
-        return Amount(*row)
 
     def _new_numbers(self) -> list[int]:
         """Takes numbers for prompts to come, if few are left. They count once the transaction has ended well."""
@@ -466,14 +431,6 @@ class Ledger:
         if numbers and numbers[-1] - numbers[0] == len(numbers) - 1:
             with explained(self.path), transaction(self._db, durable=False):
                 self._db.execute("UPDATE next_prompt SET value = ? WHERE value = ?", (numbers[0], numbers[-1] + 1))
-
-    def _charges(self, where: str, value: object) -> list[Entry]:
-        rows = self._db.execute(
-            "SELECT kind, epsilon, rho, sampled, SUM(count) FROM charges "  # noqa: S608 - `where` is ours
-            f"JOIN prompts ON prompts.id = charges.prompt WHERE {where} GROUP BY kind, epsilon, rho, sampled",
-            (value,),
-        )
-        return [Entry(kind, Charge(Cost(epsilon, rho), count, bool(ours))) for kind, epsilon, rho, ours, count in rows]
 
 
 def _over(name: str, opened: _Open, used: int, wanted: Amount, reserved: int) -> BudgetError:
@@ -490,8 +447,3 @@ def _over(name: str, opened: _Open, used: int, wanted: Amount, reserved: int) ->
 def _four(counts: Sequence[float]) -> tuple[int, int, int, int]:
     prompts, spans, repeated, pseudonyms = counts
     return int(prompts), int(spans), int(repeated), int(pseudonyms)
-
-
-def _row(prompt: int, entry: Entry) -> tuple[object, ...]:
-    charge = entry.charge
-    return prompt, entry.kind, charge.cost.epsilon, charge.cost.rho, int(charge.sampled), charge.count
