@@ -7,11 +7,9 @@ agrees, and every run gives other bytes, because keys are made anew and thrown a
 a case is missing, left over, or expects something else than is stated here.
 """
 
-import argparse
 import base64
 import hashlib
 import json
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -34,9 +32,8 @@ from cloister.attest.sim import Installation, SimAttester  # noqa: E402
 from cloister.attest.vector import RECEIPT_FORMAT, ReceiptVector  # noqa: E402
 from cloister.errors import EvidenceError, EvidenceUnsupportedError  # noqa: E402
 from cloister.wire.channel_messages import VERSION, Hello, Offer, Suite  # noqa: E402
+from vectors import run  # noqa: E402
 
-FOLDER = ROOT / "tests" / "vectors"
-EXIT = {"accepted": 0, "refused": 10, "unsupported": 20, "malformed": 30}
 MEASURED, MODEL, PLAN = bytes([8]) * 32, bytes([9]) * 32, bytes([10]) * 32
 REQUEST, PIECES = b"the request as it was sealed", (b"the first piece, ", b"the second, ", b"the end")
 RESPONSE = b"".join(PIECES)
@@ -121,16 +118,6 @@ class Case:
             },
             indent=1,
         ).encode()
-
-    def expected(self, measurement: str | None) -> bytes:
-        """Returns expected.json."""
-        stated = {
-            "result": self.result,
-            "exit_code": EXIT[self.result],
-            "failed": sorted(self.failed),
-            "measurement": measurement,
-        }
-        return json.dumps(stated, indent=1).encode() + b"\n"
 
 
 def cases() -> list[Case]:
@@ -404,38 +391,5 @@ def judged(document: bytes) -> tuple[str, list[str], str | None]:
     return verdict.result.value, list(verdict.failed), claims.measurement.hex() if claims else None
 
 
-def write(found: list[Case]) -> None:
-    """Writes every vector, if our verifier agrees with what is stated."""
-    made: dict[str, tuple[bytes, bytes]] = {}
-    for case in found:
-        document = case.document()
-        result, failed, measurement = judged(document)
-        if (result, failed) != (case.result, sorted(case.failed)):
-            sys.exit(f"{case.name}: stated {case.result} {sorted(case.failed)}, found {result} {failed}")
-        made[case.name] = document, case.expected(measurement)
-    for old in FOLDER.glob("receipt-*"):
-        shutil.rmtree(old)
-    for name, (document, expected) in made.items():
-        (FOLDER / name).mkdir()
-        (FOLDER / name / "input.json").write_bytes(document + b"\n")
-        (FOLDER / name / "expected.json").write_bytes(expected)
-    print(f"{len(made)} vectors of receipts written to {FOLDER}")
-
-
-def check(found: list[Case]) -> None:
-    """Ends with an error when the folder is not as stated."""
-    names = {path.name for path in FOLDER.glob("receipt-*")}
-    stated = {case.name: case for case in found}
-    if names != set(stated):
-        sys.exit(f"left over or missing: {sorted(names ^ set(stated))}")
-    for name, case in stated.items():
-        expected = json.loads((FOLDER / name / "expected.json").read_bytes())
-        if (expected["result"], expected["failed"]) != (case.result, sorted(case.failed)):
-            sys.exit(f"{name} expects something else than is stated")
-    print(f"{len(names)} vectors of receipts are as stated")
-
-
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--check", action="store_true", help="write nothing")
-    check(cases()) if arguments.parse_args().check else write(cases())
+    run(__doc__, receipts=True, cases=cases, judged=judged)

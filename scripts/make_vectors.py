@@ -7,9 +7,7 @@ and are thrown away, so every run gives other bytes: run it only when a case or 
 and fails when a case is missing, left over, or expects something else than is stated here.
 """
 
-import argparse
 import json
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -33,9 +31,8 @@ from cloister.attest.evidence import Evidence, Kind  # noqa: E402
 from cloister.attest.sim import Installation, SimAttester  # noqa: E402
 from cloister.attest.vector import FORMAT, Vector  # noqa: E402
 from cloister.attest.verify import verify  # noqa: E402
+from vectors import run  # noqa: E402
 
-FOLDER = ROOT / "tests" / "vectors"
-EXIT = {"accepted": 0, "refused": 10, "unsupported": 20, "malformed": 30}
 ANY = {"skip": "not the subject of this vector"}
 MEASURED = bytes([8]) * 32
 
@@ -67,16 +64,6 @@ class Case:
             },
             indent=1,
         ).encode()
-
-    def expected(self, measurement: str | None) -> bytes:
-        """Returns expected.json."""
-        stated = {
-            "result": self.result,
-            "exit_code": EXIT[self.result],
-            "failed": sorted(self.failed),
-            "measurement": measurement,
-        }
-        return json.dumps(stated, indent=1).encode() + b"\n"
 
 
 def fingerprint(certificate: x509.Certificate) -> str:
@@ -378,46 +365,13 @@ def cases() -> list[Case]:
     return [*dcap_cases(), *sim_cases(), *snp_cases(), *tpm_cases(), *cloud_cases()]
 
 
-def write(found: list[Case]) -> None:
-    """Writes every vector, if our verifier agrees with what is stated."""
-    made: dict[str, tuple[bytes, bytes]] = {}
-    for case in found:
-        document = case.document()
-        vector = Vector.decode(document)
-        verdict = verify(vector.evidence, vector.expectations.policy, vector.time, vector.expectations.roots)
-        failed = sorted({check.value for check in verdict.failed})
-        if (verdict.result.value, failed) != (case.result, sorted(case.failed)):
-            sys.exit(f"{case.name}: stated {case.result} {sorted(case.failed)}, found {verdict.result} {failed}")
-        measurement = verdict.claims.measurement.hex() if verdict.claims else None
-        made[case.name] = document, case.expected(measurement)
-    for old in _folders():
-        shutil.rmtree(old)
-    for name, (document, expected) in made.items():
-        (FOLDER / name).mkdir()
-        (FOLDER / name / "input.json").write_bytes(document + b"\n")
-        (FOLDER / name / "expected.json").write_bytes(expected)
-    print(f"{len(made)} vectors written to {FOLDER}")
-
-
-def _folders() -> list[Path]:
-    """Returns the folders of vectors of evidence; those of receipts belong to make_receipt_vectors.py."""
-    return [path for path in FOLDER.iterdir() if path.is_dir() and not path.name.startswith("receipt-")]
-
-
-def check(found: list[Case]) -> None:
-    """Ends with an error when the folder is not as stated."""
-    names = {path.name for path in _folders()}
-    stated = {case.name: case for case in found}
-    if names != set(stated):
-        sys.exit(f"left over or missing: {sorted(names ^ set(stated))}")
-    for name, case in stated.items():
-        expected = json.loads((FOLDER / name / "expected.json").read_bytes())
-        if (expected["result"], expected["failed"]) != (case.result, sorted(case.failed)):
-            sys.exit(f"{name} expects something else than is stated")
-    print(f"{len(names)} vectors are as stated")
+def judged(document: bytes) -> tuple[str, list[str], str | None]:
+    """Returns result, failed checks and measurement, as our verifier finds them."""
+    vector = Vector.decode(document)
+    verdict = verify(vector.evidence, vector.expectations.policy, vector.time, vector.expectations.roots)
+    failed = sorted({check.value for check in verdict.failed})
+    return verdict.result.value, failed, verdict.claims.measurement.hex() if verdict.claims else None
 
 
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--check", action="store_true", help="write nothing")
-    check(cases()) if arguments.parse_args().check else write(cases())
+    run(__doc__, receipts=False, cases=cases, judged=judged)
