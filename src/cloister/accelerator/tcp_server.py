@@ -31,7 +31,7 @@ from cloister.wire.codec import (
     received_rows,
 )
 from cloister.wire.messages import weight_hash
-from cloister.wire.tcp import CHUNK, CutError, parse_address, receive_into, send
+from cloister.wire.tcp import CHUNK, CutError, address_of, listen, parse_address, receive_into, send
 
 IDLE_SECONDS: Final = 3600.0
 """How long a server keeps a silent client."""
@@ -59,8 +59,7 @@ class AcceleratorServer:
         self._lock = threading.Lock()  # one product at a time: they share the cores
         self._limits = max_weight_bytes, max_operand_bytes  # of each client
         try:
-            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-            self._listener = socket.create_server((host, port), family=family, backlog=MAX_CLIENTS)
+            self._listener = listen(host, port, backlog=MAX_CLIENTS)
         except OSError as error:
             raise SettingsError(f"Cannot listen at {address}: {error}.", remedy="Choose another address.") from error
         self._clients, self._clients_lock = set[socket.socket](), threading.Lock()
@@ -69,8 +68,7 @@ class AcceleratorServer:
     @property
     def address(self) -> str:
         """Where it listens."""
-        host, port = self._listener.getsockname()[:2]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return address_of(self._listener)
 
     @property
     def backend(self) -> str:

@@ -165,18 +165,20 @@ def ledger_path() -> Path:
 async def _serve(service: "Gateway", app: "Starlette", listener: socket.socket, quiet: bool) -> None:
     import uvicorn
 
+    from cloister.wire.tcp import address_of
+
     try:
         await service.start()
-        host, port = listener.getsockname()[:2]
+        address = address_of(listener)
         if not quiet:
             described = await service.attestation("")
             console = stderr()
-            console.print(f"Listening on http://{host}:{port}/v1", soft_wrap=True, highlight=False)
+            console.print(f"Listening on http://{address}/v1", soft_wrap=True, highlight=False)
             console.print(f"  {described['statement']}", soft_wrap=True)
             if "sanitiser" in described:
                 console.print(f"  Sanitised in: {described['sanitiser']['tee']}", soft_wrap=True, highlight=False)
             console.print(
-                f"  What was replaced and spent: http://{host}:{port}/v1/privacy, `cloister ledger`.", soft_wrap=True
+                f"  What was replaced and spent: http://{address}/v1/privacy, `cloister ledger`.", soft_wrap=True
             )
         config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", server_header=False)
         await uvicorn.Server(config).serve(sockets=[listener])

@@ -1,7 +1,6 @@
 """`cloister serve`: an enclave that answers clients elsewhere, who verify it first."""
 
 import signal
-import socket
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -118,7 +117,8 @@ def _inside(
     from cloister.seal.client import connect
     from cloister.seal.package import is_package
     from cloister.wire.session import Open
-    from cloister.wire.tcp import parse_address
+    from cloister.wire.tcp import address_of, parse_address
+    from cloister.wire.tcp import listen as tcp_listen
 
     owner = None
     if is_package(model):
@@ -134,10 +134,9 @@ def _inside(
     where = parse_address(listen, PORT)
     with console.status("opening the model ..."):
         server = EnclaveServer(request, attester, owner=owner)
-    with server, socket.create_server(where) as listener:
-        bound, number = listener.getsockname()[:2]
+    with server, tcp_listen(*where) as listener:
         measurement = server.ready.measurement
-        console.print(f"{server.ready.model} at {bound}:{number}, measurement {measurement}", soft_wrap=True)
+        console.print(f"{server.ready.model} at {address_of(listener)}, measurement {measurement}", soft_wrap=True)
         server.serve(listener)
 
 

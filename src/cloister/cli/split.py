@@ -1,7 +1,6 @@
 """`cloister split-server` and `cloister split-client`: the published split of a model, at the embedding layer."""
 
 import json
-import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,18 +40,20 @@ def split_server(
         raise SettingsError(f"A split server needs {', '.join(missing)}.", remedy="Run `pip install cloister[split]`.")
     from cloister.split.model import ServerModel
     from cloister.split.server import SplitServer
+    from cloister.wire.tcp import address_of, listen
 
     try:
-        listener = socket.create_server((host, port))
+        listener = listen(host, port)
     except OSError as error:
         raise SettingsError(
             f"Cannot listen on {host}:{port}: {error.strerror}.", remedy="Choose another --port, or stop what uses it."
         ) from error
     served = ServerModel.open(model, allow_tied=allow_tied)
     if not quiet:
-        address = ":".join(str(part) for part in listener.getsockname()[:2])
         stderr().print(
-            f"Serving a {served.kind} without its embedding table at {address}", soft_wrap=True, highlight=False
+            f"Serving a {served.kind} without its embedding table at {address_of(listener)}",
+            soft_wrap=True,
+            highlight=False,
         )
         if allow_tied:
             stderr().print("[bold red]Its LM head is its embedding table: the table is no secret here.[/bold red]")

@@ -22,7 +22,8 @@ from cloister.local.broker_link import stand_in_file
 from cloister.local.client import LLM, Listener
 from cloister.seal.policy import stand_in_policy
 from cloister.settings import Settings
-from cloister.wire.tcp import parse_address
+from cloister.wire.tcp import address_of, parse_address
+from cloister.wire.tcp import listen as tcp_listen
 
 PORT: Final = 7780
 """Where clients look when an address names no port."""
@@ -47,7 +48,7 @@ class ConfinedServer:
         """
         host, port = parse_address(listen, PORT)
         try:
-            self._socket = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+            self._socket = tcp_listen(host, port)
         except OSError as error:
             raise SettingsError(f"Cannot listen on {listen}: {error}.", remedy="Choose another host:port.") from error
         self._closed = False
@@ -65,8 +66,7 @@ class ConfinedServer:
     @property
     def address(self) -> str:
         """Where it listens, as a client writes it."""
-        host, port = self._socket.getsockname()[:2]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return address_of(self._socket)
 
     @property
     def policy(self) -> str:

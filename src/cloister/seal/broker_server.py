@@ -24,9 +24,11 @@ from typing import Any, Final
 
 import msgspec
 
-from cloister.errors import BrokerError, CloisterError, KeyRefusedError
+from cloister.errors import BrokerError, CloisterError, KeyRefusedError, SettingsError
 from cloister.seal.broker import Broker
 from cloister.seal.release import MAX_REQUEST_BYTES, Refused, ReleaseRequest
+from cloister.wire.tcp import address_of, parse_address
+from cloister.wire.tcp import listen as tcp_listen
 
 REQUEST_SECONDS: Final = 30.0
 """Longest wait for a whole request, from when the one before was answered."""
@@ -163,9 +165,10 @@ class BrokerServer:
                 self._socket.listen(MOST_CONNECTIONS)
             else:
                 self.path = None
-                host, _, port = listen.rpartition(":")
-                self._socket = socket.create_server((host.strip("[]") or "127.0.0.1", int(port)))
-        except (OSError, ValueError, OverflowError) as error:
+                self._socket = tcp_listen(*parse_address(listen))
+        except SettingsError as error:
+            raise BrokerError(f"Cannot listen on {listen}.", remedy="Give host:port or unix:PATH.") from error
+        except OSError as error:
             raise BrokerError(f"Cannot listen on {listen}: {error}.", remedy="Give host:port or unix:PATH.") from error
         self._closed = False
 
@@ -174,8 +177,7 @@ class BrokerServer:
         """Where it listens, as a client writes it."""
         if self.path is not None:
             return f"unix:{self.path}"
-        host, port = self._socket.getsockname()[:2]
-        return f"{host}:{port}"
+        return address_of(self._socket)
 
     def serve(self) -> None:
         """Answers until `close`, each connection in a thread of its own."""

@@ -1,4 +1,4 @@
-"""Bytes over TCP: whole messages before a deadline, addresses as users write them.
+"""Bytes over TCP: whole messages before a deadline, addresses as users write them, listening at them.
 
 Covers: deadlines over whole exchanges (a byte now and then does not extend them), streams that end too early.
 Does not cover: what the bytes mean, who sends them.
@@ -72,3 +72,19 @@ def parse_address(address: str, default_port: int | None = None) -> tuple[str, i
     if not host or not (port.isascii() and port.isdigit()) or len(port) > 5 or int(port) > 65535:
         raise SettingsError(f"{address!r} is not an address.", remedy="Write host:port, for instance 10.0.0.2:7000.")
     return host, int(port)
+
+
+def listen(host: str, port: int, backlog: int | None = None) -> socket.socket:
+    """Returns a socket that listens at an address or name, of IPv4 or IPv6 (port 0: any free one).
+
+    Raises:
+        OSError: the address is another's, in use or unknown.
+    """
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    return socket.create_server((host, port), family=family, backlog=backlog)
+
+
+def address_of(listener: socket.socket) -> str:
+    """Returns where a socket listens, as `parse_address` reads it."""
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
