@@ -1,6 +1,7 @@
 """A real vLLM on CPU behind the gateway, in its own virtual environment (`make vllm`).
 
-Where that environment is absent, these tests are skipped and say so.
+Parts of embeddings inside chats (`mixed`) need a later vLLM than the one that is built for CPU: its own Python over the
+older release's compiled kernels. Where the environment is absent, these tests are skipped and say so.
 """
 
 import os
@@ -10,7 +11,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import openai
@@ -18,7 +20,8 @@ import pytest
 
 from cloister.assets import demo_model
 
-VLLM = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "vllm"
+FOLDER = Path(__file__).parents[2] / ".venv-vllm"
+VLLM, NEWER = FOLDER / "bin" / "vllm", FOLDER / "newer"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not VLLM.exists(), reason="vLLM is not installed here: `make vllm` sets it up in .venv-vllm"),
@@ -45,11 +48,13 @@ def wait(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float) 
     pytest.fail(f"{url} did not come up: {log.read_text()[-3000:]}")
 
 
-@pytest.fixture(scope="module")
-def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@contextmanager
+def served(log: Path, packages: Path | None) -> Iterator[str]:
+    """Starts vLLM, with the packages of a folder before those of its environment."""
     port = free_port()
-    log = tmp_path_factory.mktemp("vllm") / "log"
-    own = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": ""}
+    own = {
+        "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(packages or ""),
+    }  # fmt: skip
     options = ["--enable-prompt-embeds", "--max-model-len", "512", "--enforce-eager", "--served-model-name", "stories"]
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -64,6 +69,33 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.wait(30)
 
 
+@pytest.fixture(scope="module", params=["embeds", "tokens", "text", "mixed"])
+def transport(request: pytest.FixtureRequest) -> str:
+    if request.param == "mixed" and not NEWER.exists():
+        pytest.skip("vLLM 0.33 is not installed here: `make vllm` sets it up in .venv-vllm/newer")
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[bool], str]]:
+    """Returns the address of a vLLM, the newer one or the older; each is started when it is first asked for."""
+    running: dict[bool, str] = {}
+    with ExitStack() as stack:
+
+        def server(newer: bool) -> str:
+            if newer not in running:
+                log = tmp_path_factory.mktemp("vllm") / "log"
+                running[newer] = stack.enter_context(served(log, NEWER if newer else None))
+            return running[newer]
+
+        yield server
+
+
+@pytest.fixture(scope="module")
+def vllm(servers: Callable[[bool], str], transport: str) -> str:
+    return servers(transport == "mixed")
+
+
 @pytest.fixture(scope="module")
 def candidates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("candidates") / "demo.candidates"
@@ -72,32 +104,29 @@ def candidates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=["embeds", "tokens", "text"])
-def gateway(
-    request: pytest.FixtureRequest, vllm: str, candidates: Path, tmp_path: Path
-) -> Iterator[tuple[openai.OpenAI, str]]:
+@pytest.fixture
+def client(vllm: str, transport: str, candidates: Path, tmp_path: Path) -> Iterator[openai.OpenAI]:
     port = free_port()
     log = tmp_path / "log"
     with log.open("wb") as out:
         process = subprocess.Popen(
             [
                 sys.executable, "-m", "cloister", "gateway", "--engine", vllm, "--model", str(demo_model()), "--port", str(port),
-                "--candidates", str(candidates), "--ledger", str(tmp_path / "ledger.db"), "--transport", request.param,
+                "--candidates", str(candidates), "--ledger", str(tmp_path / "ledger.db"), "--transport", transport,
                 "--detectors", "rules", "--epsilon", "2", "--budget", "100",
             ],
             stdout=out, stderr=out,
         )  # fmt: skip
     try:
         wait(f"http://127.0.0.1:{port}/health", process, log, 60)
-        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
-            yield client, str(request.param)
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as made:
+            yield made
     finally:
         process.terminate()
         process.wait(30)
 
 
-def test_answers_through_the_gateway_equal_those_of_vllm_itself(gateway: tuple[openai.OpenAI, str], vllm: str) -> None:
-    client, _ = gateway
+def test_answers_through_the_gateway_equal_those_of_vllm_itself(client: openai.OpenAI, vllm: str) -> None:
     with openai.OpenAI(base_url=f"{vllm}/v1", api_key="none") as direct:
         expected = direct.completions.create(model="stories", prompt=PROMPT, logprobs=1, **GREEDY)  # type: ignore[call-overload]
         chat = [{"role": "user", "content": "Tell me a story about a fox and a kite."}]
@@ -113,8 +142,7 @@ def test_answers_through_the_gateway_equal_those_of_vllm_itself(gateway: tuple[o
     assert created.usage.prompt_tokens == expected_chat.usage.prompt_tokens
 
 
-def test_streams_seeds_choices_stops_and_log_probabilities(gateway: tuple[openai.OpenAI, str]) -> None:
-    client, _ = gateway
+def test_streams_seeds_choices_stops_and_log_probabilities(client: openai.OpenAI) -> None:
     chat = [{"role": "user", "content": "Tell me a story about Zorblax Quandry."}]
     seeded = [
         client.chat.completions.create(model="stories", messages=chat, seed=5, max_tokens=16, n=2)  # type: ignore[call-overload]
