@@ -31,15 +31,20 @@ def policy(measurement: bytes = MEASUREMENT) -> Policy:
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[tuple[str, int]]:
+def server() -> Iterator[EnclaveServer]:
     opened = Open(str(demo_model()))
     with EnclaveServer(opened, lambda digest: SimAttester(INSTALLATION, digest), MEASUREMENT) as server:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            thread = threading.Thread(target=server.serve, args=(listener,), daemon=True)
-            thread.start()
-            yield listener.getsockname()
-            listener.shutdown(socket.SHUT_RDWR)
-        thread.join(10)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def address(server: EnclaveServer) -> Iterator[tuple[str, int]]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.serve, args=(listener,), daemon=True)
+        thread.start()
+        yield listener.getsockname()
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(10)
 
 
 def connect(address: tuple[str, int], expected: Policy) -> SealedClient:
@@ -81,3 +86,11 @@ def test_a_client_that_leaves_does_not_stop_the_next(address: tuple[str, int]) -
     with connect(address, policy()) as client:
         short = msgspec.msgpack.encode(Generate(Sampling(max_new_tokens=4), prompt="Once"))
         assert len(list(client.ask(short))) > 1
+
+
+def test_tokens_do_not_wait_for_acknowledgements(server: EnclaveServer, address: tuple[str, int]) -> None:
+    with connect(address, policy()):
+        assert server._connections is not None
+        held = list(server._connections._open)
+        assert held
+        assert all(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for sock in held)

@@ -57,8 +57,10 @@ class EnclaveServer:
                 return
             if self._connections is None:
                 connection.close()
-            else:
-                self._connections.accept(connection)
+                continue
+            with suppress(OSError):  # the client is gone; whoever reads from it will find out
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # an answer leaves in small pieces
+            self._connections.accept(connection)
 
     def close(self) -> None:
         """Ends the model; harmless when already closed."""
