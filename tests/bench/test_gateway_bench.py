@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 pytest.importorskip("dp_accounting", reason="dp-accounting (the extra `gateway`) is not installed")
@@ -72,22 +75,43 @@ def test_letters_are_new_each_time_and_the_same_for_a_seed() -> None:
 
 def test_the_gateway_is_measured_both_ways_with_the_same_request(candidates: Path, stub: StubEngine) -> None:
     subject = engines.Subject("stub", stub.address, demo_model(), candidates, "rules")
-    rows = gateway.measure(subject, 4, [5], QUIET)  # the stub says that every answer has five tokens
-    assert [(row["transport"], row["answer"]) for row in rows] == [("embeds", 5), ("tokens", 5)]
+    rows = gateway.measure(subject, gateway.Effort(9, 0.0), [5], QUIET)  # the stub says that answers have five tokens
+    assert [(row["transport"], row["answer"], row["requests"]) for row in rows] == [("embeds", 5, 4), ("tokens", 5, 4)]
     for row in rows:
-        assert 0 < row["first token, through"] <= row["through"]
-        assert 0 < row["first token, direct"] <= row["direct"]
+        assert all(0 < row[f"first token, {way}"] <= row[way] for way in gateway.WAYS)
+        assert row["at least"] <= row["added"] <= row["at most"]
     sent = [body for body in stub.bodies if body.get("stream")]
-    direct = [body for body in sent if "messages" in body]
-    assert len(sent) == 2 * len(direct) == 2 * 2 * (4 + gateway.WARM_UP)  # as many each way
+    assert len(sent) == 2 * 3 * (4 + gateway.WARM_UP)  # as many each way, of each transport
+    assert 3 * sum("messages" in body for body in sent) == len(sent)
+    assert 3 * sum("prompt_embeds" in body for body in sent) == len(sent)
+    assert len(
+        {json.dumps(body.get("messages") or body.get("prompt_embeds") or body["prompt"]) for body in sent}
+    ) == len(sent)
     assert all(body["max_tokens"] == 5 and body["temperature"] == 0 and body["ignore_eos"] for body in sent)
     assert gateway.record(rows, {}).facts["load average of the machine"] >= 0
+
+
+def test_every_way_follows_every_other() -> None:
+    orders = [gateway._order(number) for number in range(6)]
+    assert len(set(orders)) == 6
+    assert all(sorted(order) == sorted(gateway.WAYS) for order in orders)
+
+
+@given(st.integers(6, 30))
+def test_the_interval_of_a_median_holds_as_often_as_it_says(count: int) -> None:
+    """By the obvious twin: the probability that a value lies below its median is a half, so heads are counted."""
+    low, high = gateway.median_interval([float(place) for place in range(count)])
+    assert low + high == count - 1
+    k = int(low) + 1
+    outside = 2 * sum(math.comb(count, heads) for heads in range(k)) / 2**count
+    wider = 2 * sum(math.comb(count, heads) for heads in range(k + 1)) / 2**count
+    assert outside <= 0.05 < wider
 
 
 def test_an_engine_that_answers_other_than_asked_is_not_measured(stub: StubEngine) -> None:
     async def ask() -> None:
         async with EngineClient(stub.address) as client:
-            await gateway.one_request(client, "stub", "Hello", 7)
+            await gateway.one_request(client, "/v1/completions", {"model": "stub", "prompt": "Hello"}, 7)
 
     with pytest.raises(EngineProtocolError, match="5 tokens where 7 were asked for"):
         asyncio.run(ask())

@@ -9,14 +9,14 @@ from rich.console import Console
 
 from cloister.assets import demo_model
 from cloister.bench.engines import Subject, build_candidates, vllm, write_random_llama
-from cloister.bench.gateway import measure
+from cloister.bench.gateway import Effort, measure
 
 HIDDEN, LAYERS = 1024, 14
 """Shape of the larger model: 169 million random weights."""
 
 
 def measure_models(
-    program: Path, requests: int, lengths: Sequence[int], smoke: bool, console: Console
+    program: Path, effort: Effort, lengths: Sequence[int], smoke: bool, console: Console
 ) -> list[dict[str, Any]]:
     """Starts `program` with each model in turn; returns the rows of both."""
     rows = []
@@ -31,5 +31,5 @@ def measure_models(
             candidates = Path(folder) / f"{hidden}.candidates"
             build_candidates(model, candidates)
             with vllm(program, model) as engine:
-                rows += measure(Subject(name, engine, model, candidates), requests, lengths, console)
+                rows += measure(Subject(name, engine, model, candidates), effort, lengths, console)
     return rows

@@ -232,33 +232,35 @@ def gateway(
     engine: Annotated[str, typer.Option("--engine", help="Instead: a running vLLM with --enable-prompt-embeds.")] = "",
     model: Annotated[Path | None, typer.Option("--model", help="Folder of the model that --engine serves.")] = None,
     candidates: Annotated[Path | None, typer.Option("--candidates", help="The candidate file of --model.")] = None,
-    requests: Annotated[int, typer.Option("--requests", min=4, help="Requests each way, for each length.")] = 24,
+    requests: Annotated[int, typer.Option("--requests", min=4, help="Requests each way, for each length.")] = 60,
+    seconds: Annotated[
+        float, typer.Option("--seconds", help="After so long fewer will do: for each model, transport and length.")
+    ] = 50.0,
     lengths: Annotated[
-        list[int] | None,
-        typer.Option("--tokens", min=1, help="Tokens of an answer; repeatable. Default: 16, 64 and 128."),
+        list[int] | None, typer.Option("--tokens", min=1, help="Tokens of an answer; repeatable. Default: 64.")
     ] = None,
     smoke: SmokeOption = False,
     out: OutOption = Path("bench/results"),
 ) -> None:
-    """What the gateway adds to the latency of the same vLLM called directly, and to the time to the first token.
+    """What the gateway adds to the latency of the same vLLM called directly, and to the time to the first token. Six minutes.
 
     [bold]cloister bench gateway --vllm .venv-vllm/bin/vllm[/bold]
     """
     from cloister.bench.engines import Subject
-    from cloister.bench.gateway import measure, record
+    from cloister.bench.gateway import Effort, measure, record
     from cloister.bench.gateway_models import measure_models
     from cloister.errors import SettingsError
 
-    requests, tokens = (4, [8]) if smoke else (requests, lengths or [16, 64, 128])
+    effort, tokens = (Effort(4, 0.0), [8]) if smoke else (Effort(requests, seconds), lengths or [64])
     if vllm is not None:
-        rows = measure_models(vllm, requests, tokens, smoke, stderr())
+        rows = measure_models(vllm, effort, tokens, smoke, stderr())
     elif engine and model is not None and candidates is not None:
-        rows = measure(Subject(model.name, engine, model, candidates), requests, tokens, stderr())
+        rows = measure(Subject(model.name, engine, model, candidates), effort, tokens, stderr())
     else:
         raise SettingsError(
             "There is no engine to measure.", remedy="Give --vllm, or --engine, --model and --candidates."
         )
-    made = record(rows, {"requests": requests, "tokens": tokens, "smoke": smoke})
+    made = record(rows, {"requests": effort.requests, "seconds": effort.seconds, "tokens": tokens, "smoke": smoke})
     made.write(out)
     made.show(stdout())
 
