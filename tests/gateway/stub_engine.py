@@ -6,13 +6,16 @@ import json
 import threading
 import time
 import zipfile
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from cloister.model.directory import ModelDirectory
 from cloister.model.identity import EMBEDDING
+
+Body = dict[str, Any]
 
 
 class StubEngine:
@@ -21,12 +24,17 @@ class StubEngine:
     def __init__(self, directory: ModelDirectory | None = None) -> None:
         self.record = bytearray()
         self.prompts: list[str] = []
-        self.bodies: list[dict[str, Any]] = []
+        self.bodies: list[Body] = []
         self.behaviour = "well"
         self.reply: str | None = None
         self.calls: list[dict[str, Any]] = []
         self.directory = directory
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.begun = threading.Event()
+        """Set when an answer that "hangs" has begun."""
+        self.left = threading.Event()
+        """Set when whoever asked for it has closed the connection."""
+        handler = type("Handler", (_Handler,), {"engine": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
@@ -43,7 +51,7 @@ class StubEngine:
         self.prompts.clear()
         self.bodies.clear()
 
-    def prompt_of(self, body: dict[str, Any]) -> tuple[str, int]:
+    def prompt_of(self, body: Body) -> tuple[str, int]:
         """Returns the prompt as the engine understands it, and its length; embeddings are looked up in the table."""
         if "messages" in body:
             return "\n".join(self._content(m.get("content")) for m in body["messages"]), 4000
@@ -71,155 +79,194 @@ class StubEngine:
         index = {row.tobytes(): number for number, row in enumerate(table)}
         return [index[row.tobytes()] for row in rows]
 
-    def _handler(self) -> type[BaseHTTPRequestHandler]:  # noqa: C901 - one small class that closes over the engine
-        engine = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+class _Handler(BaseHTTPRequestHandler):
+    """Requests and what may come instead of an answer; the answers themselves are below."""
 
-            def setup(self) -> None:
-                super().setup()
-                read, readline = self.rfile.read, self.rfile.readline
+    engine: ClassVar[StubEngine]
+    protocol_version = "HTTP/1.1"
 
-                def recorded(data: bytes) -> bytes:
-                    engine.record.extend(data)
-                    return data
+    def setup(self) -> None:
+        super().setup()
+        read, readline = self.rfile.read, self.rfile.readline
 
-                self.rfile.read = lambda *a: recorded(read(*a))  # type: ignore[method-assign]
-                self.rfile.readline = lambda *a: recorded(readline(*a))  # type: ignore[method-assign]
+        def recorded(data: bytes) -> bytes:
+            self.engine.record.extend(data)
+            return data
 
-            def log_message(self, format: str, *args: object) -> None:
-                pass
+        self.rfile.read = lambda *a: recorded(read(*a))  # type: ignore[method-assign]
+        self.rfile.readline = lambda *a: recorded(readline(*a))  # type: ignore[method-assign]
 
-            def do_GET(self) -> None:
-                if engine.behaviour == "error page":
-                    self._send(404, b"<html>not here</html>", "text/html")
-                else:
-                    model = {"id": "stub", "object": "model", "max_model_len": 256}
-                    self._json({"object": "list", "data": [model]})
+    def log_message(self, format: str, *args: object) -> None:
+        pass
 
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                engine.bodies.append(body)
-                if self.path == "/tokenize":
-                    assert engine.directory is not None
-                    if engine.behaviour == "no vLLM":
-                        self._send(404, b'{"error": "Not Found"}', "application/json")
-                        return
-                    tokens = engine.directory.tokenizer.encode(body["prompt"], add_special_tokens=False)
-                    tokens = tokens[::-1] if engine.behaviour == "other tokenizer" else tokens
-                    self._json({"tokens": tokens, "count": len(tokens), "max_model_len": 512, "token_strs": None})
-                    return
-                self._generate(body)
+    def do_GET(self) -> None:
+        if self.engine.behaviour == "error page":
+            self._send(404, b"<html>not here</html>", "text/html")
+        else:
+            self._json({"object": "list", "data": [{"id": "stub", "object": "model", "max_model_len": 256}]})
 
-            def _generate(self, body: dict[str, Any]) -> None:
-                prompt, length = engine.prompt_of(body)
-                engine.prompts.append(prompt)
-                if body.get("temperature") == 0 and body.get("logprobs") == 1 and not body.get("stream"):  # a probe
-                    shift = 1.0 if engine.behaviour == "other table" and "prompt_embeds" in body else 0.0
-                    logprobs = {"tokens": ["a", "b"], "token_logprobs": [-1.0 - shift, -2.0], "top_logprobs": None}
-                    self._json(
-                        {"choices": [{"index": 0, "text": "ab", "logprobs": logprobs, "finish_reason": "length"}]}
-                    )
-                    return
-                match engine.behaviour:
-                    case "server error":
-                        self._send(500, b'{"error": {"message": "out of memory"}}', "application/json")
-                    case "error page":
-                        self._send(502, b"<html><h1>Bad Gateway</h1></html>", "text/html")
-                    case "page for stream":
-                        self._send(200, b"<html>welcome</html>", "text/html")
-                    case "redirect":
-                        self.send_response(307)
-                        self.send_header("location", engine.address + "/elsewhere")
-                        self.send_header("content-length", "0")
-                        self.end_headers()
-                    case "slow":
-                        time.sleep(3)
-                    case _ if body.get("stream"):
-                        self._stream(body, prompt, length)
-                    case _:
-                        self._whole(body, prompt, length)
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.engine.bodies.append(body)
+        if self.path == "/tokenize":
+            self._tokenize(body)
+        else:
+            self._generate(body)
 
-            def _whole(self, body: dict[str, Any], prompt: str, length: int) -> None:
-                text = prompt if engine.reply is None else engine.reply
-                match engine.behaviour:
-                    case "cut":
-                        self.wfile.write(b"HTTP/1.1 200 OK\r\ncontent-length: 500\r\n\r\n{")
-                        self.close_connection = True
-                        return
-                    case "broken":
-                        self._send(200, b"{not json", "application/json")
-                        return
-                    case "error inside":
-                        self._send(500, b'{"error": {"message": "the engine died"}}', "application/json")
-                        return
-                choices = []
-                for index in range(body.get("n", 1)):
-                    calls = [{"id": "call_1", "type": "function", "function": call} for call in engine.calls]
-                    said = {"message": {"role": "assistant", "content": text, "tool_calls": calls or None}}
-                    finish = "tool_calls" if engine.calls else "stop"
-                    place = 9 if engine.behaviour == "other answer" else index
-                    answer = said if "messages" in body else {"text": text}
-                    choices.append({"index": place, "finish_reason": finish, "logprobs": None, **answer})
-                usage = {"prompt_tokens": length + (engine.behaviour == "other length"), "completion_tokens": 5}
-                self._json({"id": "x", "object": "y", "choices": choices, "usage": usage})
+    def _tokenize(self, body: Body) -> None:
+        assert self.engine.directory is not None
+        if self.engine.behaviour == "no vLLM":
+            self._send(404, b'{"error": "Not Found"}')
+            return
+        tokens = self.engine.directory.tokenizer.encode(body["prompt"], add_special_tokens=False)
+        tokens = tokens[::-1] if self.engine.behaviour == "other tokenizer" else tokens
+        self._json({"tokens": tokens, "count": len(tokens), "max_model_len": 512, "token_strs": None})
 
-            def _stream(self, body: dict[str, Any], prompt: str, length: int) -> None:
-                self.send_response(200)
-                self.send_header("content-type", "text/event-stream")
-                self.send_header("connection", "close")
-                self.end_headers()
+    def _generate(self, body: Body) -> None:
+        prompt, length = self.engine.prompt_of(body)
+        self.engine.prompts.append(prompt)
+        if body.get("temperature") == 0 and body.get("logprobs") == 1 and not body.get("stream"):
+            self._probed("prompt_embeds" in body)
+        elif (instead := self._instead().get(self.engine.behaviour)) is not None:
+            instead()
+        else:
+            answer = _Answer(self.engine, body, prompt, length)
+            if self.engine.behaviour == "hangs":
+                self._hang(answer, streamed=bool(body.get("stream")))
+            elif body.get("stream"):
+                self._stream(answer)
+            else:
+                self._whole(answer)
+
+    def _probed(self, by_embeddings: bool) -> None:
+        shift = 1.0 if self.engine.behaviour == "other table" and by_embeddings else 0.0
+        logprobs = {"tokens": ["a", "b"], "token_logprobs": [-1.0 - shift, -2.0], "top_logprobs": None}
+        self._json({"choices": [{"index": 0, "text": "ab", "logprobs": logprobs, "finish_reason": "length"}]})
+
+    def _instead(self) -> dict[str, Callable[[], None]]:
+        """What comes instead of an answer, streamed or not."""
+        return {
+            "server error": lambda: self._send(500, b'{"error": {"message": "out of memory"}}'),
+            "error page": lambda: self._send(502, b"<html><h1>Bad Gateway</h1></html>", "text/html"),
+            "page for stream": lambda: self._send(200, b"<html>welcome</html>", "text/html"),
+            "redirect": self._redirect,
+            "slow": lambda: time.sleep(3),
+        }
+
+    def _redirect(self) -> None:
+        self.send_response(307)
+        self.send_header("location", self.engine.address + "/elsewhere")
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def _hang(self, answer: "_Answer", *, streamed: bool) -> None:
+        """Begins an answer, if it is streamed, and goes on when whoever asked has left."""
+        if streamed:
+            self._begin_stream()
+            self.wfile.write(answer.event(0, "He", None))
+        self.engine.begun.set()
+        self.connection.settimeout(30)
+        if self.connection.recv(1) == b"":
+            self.engine.left.set()
+        self.close_connection = True
+
+    def _whole(self, answer: "_Answer") -> None:
+        match self.engine.behaviour:
+            case "cut":
+                self.wfile.write(b"HTTP/1.1 200 OK\r\ncontent-length: 500\r\n\r\n{")
                 self.close_connection = True
-                chat = "messages" in body
-                text = prompt if engine.reply is None else engine.reply
-                for index in range(body.get("n", 1)):
-                    for start in range(0, len(text), 3):
-                        if engine.behaviour == "cut" and start > 6:
-                            return
-                        self._event(index, text[start : start + 3], None, chat)
-                    for call in engine.calls:
-                        self._call(index, call)
-                    if engine.behaviour == "broken":
-                        self.wfile.write(b"data: {not json\n\n")
-                    if engine.behaviour == "other answer":
-                        self._event(9, "x", None, chat)
-                    if engine.behaviour == "error inside":
-                        self.wfile.write(b'data: {"error": {"message": "the engine died"}}\n\n')
-                    self._event(index, "", "tool_calls" if engine.calls else "stop", chat)
-                usage = {"prompt_tokens": length + (engine.behaviour == "other length"), "completion_tokens": 5}
-                self.wfile.write(
-                    b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\ndata: [DONE]\n\n"
-                )
+            case "broken":
+                self._send(200, b"{not json")
+            case "error inside":
+                self._send(500, b'{"error": {"message": "the engine died"}}')
+            case _:
+                self._json(answer.whole())
 
-            def _event(self, index: int, text: str, finish: str | None, chat: bool) -> None:
-                choice: dict[str, Any] = {"index": index, "finish_reason": finish}
-                choice |= {"delta": {"content": text}} if chat else {"text": text}
-                self.wfile.write(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
+    def _stream(self, answer: "_Answer") -> None:
+        self._begin_stream()
+        for event in answer.events():
+            self.wfile.write(event)
 
-            def _call(self, index: int, call: dict[str, Any]) -> None:
-                arguments = call["arguments"]
-                for part in (arguments[:5], arguments[5:]):
-                    function = (
-                        {"name": call["name"], "arguments": part} if part is arguments[:5] else {"arguments": part}
-                    )
-                    piece = {
-                        "index": 0,
-                        "id": "call_1",
-                        "type": "function",
-                        "function": {"name": call["name"], **function},
-                    }
-                    choice = {"index": index, "delta": {"tool_calls": [piece]}, "finish_reason": None}
-                    self.wfile.write(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
+    def _begin_stream(self) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("connection", "close")
+        self.end_headers()
+        self.close_connection = True
 
-            def _json(self, value: object) -> None:
-                self._send(200, json.dumps(value).encode(), "application/json")
+    def _json(self, value: object) -> None:
+        self._send(200, json.dumps(value).encode())
 
-            def _send(self, status: int, content: bytes, kind: str) -> None:
-                self.send_response(status)
-                self.send_header("content-type", kind)
-                self.send_header("content-length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
+    def _send(self, status: int, content: bytes, kind: str = "application/json") -> None:
+        self.send_response(status)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
-        return Handler
+
+class _Answer:
+    """What is answered to one prompt, well or not."""
+
+    def __init__(self, engine: StubEngine, body: Body, prompt: str, length: int) -> None:
+        self._behaviour = engine.behaviour
+        self._calls = engine.calls
+        self._chat = "messages" in body
+        self._choices = range(body.get("n", 1))
+        self._text = prompt if engine.reply is None else engine.reply
+        self._finish = "tool_calls" if engine.calls else "stop"
+        self._usage = {"prompt_tokens": length + (engine.behaviour == "other length"), "completion_tokens": 5}
+
+    def whole(self) -> Body:
+        calls = [{"id": "call_1", "type": "function", "function": call} for call in self._calls]
+        said = {"message": {"role": "assistant", "content": self._text, "tool_calls": calls or None}}
+        answer = said if self._chat else {"text": self._text}
+        choices = [
+            {
+                "index": 9 if self._behaviour == "other answer" else index,
+                "finish_reason": self._finish,
+                "logprobs": None,
+            }
+            | answer
+            for index in self._choices
+        ]
+        return {"id": "x", "object": "y", "choices": choices, "usage": self._usage}
+
+    def events(self) -> Iterator[bytes]:
+        for index in self._choices:
+            for start in range(0, len(self._text), 3):
+                if self._behaviour == "cut" and start > 6:
+                    return
+                yield self.event(index, self._text[start : start + 3], None)
+            for call in self._calls:
+                yield from self._called(index, call)
+            yield from self._odd()
+            yield self.event(index, "", self._finish)
+        yield _event({"choices": [], "usage": self._usage})
+        yield b"data: [DONE]\n\n"
+
+    def event(self, index: int, text: str, finish: str | None) -> bytes:
+        piece = {"delta": {"content": text}} if self._chat else {"text": text}
+        return _event({"choices": [{"index": index, "finish_reason": finish, **piece}]})
+
+    def _odd(self) -> Iterator[bytes]:
+        """Yields what has no place in a stream."""
+        match self._behaviour:
+            case "broken":
+                yield b"data: {not json\n\n"
+            case "other answer":
+                yield self.event(9, "x", None)
+            case "error inside":
+                yield _event({"error": {"message": "the engine died"}})
+
+    def _called(self, index: int, call: dict[str, Any]) -> Iterator[bytes]:
+        """Yields a tool call in two pieces, as vLLM does."""
+        for part in (call["arguments"][:5], call["arguments"][5:]):
+            function = {"name": call["name"], "arguments": part}
+            piece = {"index": 0, "id": "call_1", "type": "function", "function": function}
+            yield _event({"choices": [{"index": index, "delta": {"tool_calls": [piece]}, "finish_reason": None}]})
+
+
+def _event(value: object) -> bytes:
+    return b"data: " + json.dumps(value).encode() + b"\n\n"
