@@ -41,14 +41,14 @@ CloisterError                      everything this package raises on purpose
 ├── ReceiptError                   a receipt is malformed, forged, or for another answer
 ├── IsolationError                 a process cannot be confined as asked
 ├── EnclaveLostError               the enclave process ended without being asked to
-├── EnclaveBusyError               the enclave took all the time for other questions
+├── EnclaveBusyError               other questions took all the time; this one was not asked
 └── GenerationError                a request cannot be generated
     ├── RequestError               the request itself is invalid (too long, bad sampling parameter)
     └── GenerationCancelled        the caller asked to stop
 ```
 
-Every error carries `remedy`: one sentence that says what to do. A remote party sees one uniform failure; detail stays
-in the local log, and never holds prompt or activation contents.
+Every error carries `remedy`: one sentence that says what to do; some carry `retry_seconds`. A remote party sees one uniform
+failure; detail stays in the local log, and never holds prompt or activation contents.
 """
 
 from __future__ import annotations
@@ -57,10 +57,12 @@ from __future__ import annotations
 class CloisterError(Exception):
     """The root of everything this package raises on purpose."""
 
-    def __init__(self, message: str, *, remedy: str = "") -> None:
+    def __init__(self, message: str, *, remedy: str = "", retry_seconds: float | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.remedy = remedy
+        self.retry_seconds = retry_seconds
+        """When to ask the same again, if that may help."""
 
     def __str__(self) -> str:
         return f"{self.message} {self.remedy}".strip()
@@ -228,7 +230,7 @@ class EnclaveLostError(CloisterError):
 
 
 class EnclaveBusyError(CloisterError):
-    """The enclave took all the time for other questions; this one was not asked."""
+    """Other questions took all the enclave's time; this one was not asked."""
 
 
 class GenerationError(CloisterError):

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -39,6 +40,7 @@ from cloister.errors import (
 )
 from cloister.gateway.engine import Engine, Transport
 from cloister.gateway.http import EngineClient
+from cloister.gateway.prompt_queue import QueueSettings
 from cloister.gateway.service import Gateway, GatewaySettings
 from cloister.gateway.text_engine import TextEngine
 from cloister.gateway.vllm_engine import VllmEngine
@@ -140,11 +142,13 @@ Serve = Callable[..., Running]
 
 @pytest.fixture
 def begin(serve: Serve, engine: StubEngine) -> Callable[[SanitisingEnclave, Transport], Running]:
-    def start(enclave: SanitisingEnclave, transport: Transport = Transport.EMBEDS) -> Running:
+    def start(
+        enclave: SanitisingEnclave, transport: Transport = Transport.EMBEDS, settings: GatewaySettings | None = None
+    ) -> Running:
         client = EngineClient(engine.address, "engine-key", 30)
         text = transport is Transport.TEXT
         made: Engine = TextEngine(client) if text else VllmEngine(client, enclave.reference, transport)
-        running = serve(Gateway(made, GatewaySettings(), enclave.guard))
+        running = serve(Gateway(made, settings or GatewaySettings(), enclave.guard))
         running.engine = engine
         engine.forget()
         return running
@@ -299,6 +303,43 @@ def test_an_enclave_that_dies_sends_nothing(asked: Asked, begin: Begin) -> None:
         report = again.guard.report("default")
         assert report is not None
         assert report["prompts"] == 1
+
+
+def test_an_enclave_that_hangs_keeps_a_few_waiting_and_refuses_the_others(asked: Asked, begin: Begin) -> None:
+    settings = GatewaySettings(queue=QueueSettings(waiting=1, seconds=2.0))
+    ask = {**EVERYTHING, "max_tokens": 20}
+    with SanitisingEnclave(asked.opening()) as enclave, ThreadPoolExecutor(2) as clients:
+        running = begin(enclave, settings=settings)
+        engine = running.engine
+        assert engine is not None
+        queue = running.service._prompts
+        os.kill(enclave_pid(enclave), signal.SIGSTOP)
+        try:
+            first = clients.submit(post, running, ask)
+            until(lambda: queue._free.locked())
+            second = clients.submit(post, running, ask)
+            until(lambda: queue.waiting == 1)
+            with pytest.raises(openai.InternalServerError, match="1 other prompts wait") as refused:
+                running.client.chat.completions.create(**ask)  # type: ignore[call-overload]
+            assert (refused.value.status_code, refused.value.code) == (503, "enclave_busy")
+            assert refused.value.response.headers["retry-after"] == "2"
+            status, body = second.result(30)
+            assert (status, "busy for 2 s" in message(body)) == (503, True)
+            assert not engine.record
+            health = urllib.request.urlopen(f"{running.url}/health", timeout=10)
+            assert health.status == 200
+        finally:
+            os.kill(enclave_pid(enclave), signal.SIGCONT)
+        assert first.result(30)[0] == 200
+        assert post(running, ask)[0] == 200
+        assert leaked(engine) == []
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_only_prompts_of_sanitised_texts_are_embedded(confined: SanitisingEnclave) -> None:

@@ -27,8 +27,10 @@ from cloister.wire.sanitising import (
     policy_digest,
 )
 
-SECONDS: Final = 900.0
-"""Longest wait for an answer: the longest prompts take minutes, and an enclave that dies is noticed at once."""
+SECONDS: Final = 60.0
+"""Longest wait for an answer, beside what a long prompt takes; for an enclave that hangs, since one that dies is noticed at once."""
+BYTES_A_SECOND: Final = 2**14
+"""What an enclave sanitises at least: far less than one slow core does."""
 
 
 class ConfinedGuard:
@@ -52,7 +54,8 @@ class ConfinedGuard:
             encoded = msgspec.json.encode(request)
         except (msgspec.MsgspecError, OverflowError, UnicodeEncodeError) as error:
             raise RequestError(f"The request cannot be passed on: {error}.", remedy="Use plain JSON.") from None
-        return self._prompts.ask(Protect(session, kind, encoded), Protected, SECONDS)
+        seconds = SECONDS + len(encoded) / BYTES_A_SECOND
+        return self._prompts.ask(Protect(session, kind, encoded), Protected, seconds)
 
     def report(self, session: str) -> dict[str, Any] | None:
         """See `Guard`."""

@@ -7,6 +7,7 @@ Does not cover: collecting. Each prompt's embeddings are rows of the table, and 
 prompts: with prompts enough, all rows whose tokens the sanitiser lets through or draws. `rows_shown` counts them.
 """
 
+import threading
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -63,6 +64,7 @@ class PromptGuard:
         self._budget = budget
         self._reports = reports or parts.ledger
         self._sessions: dict[str, Sanitiser] = {}
+        self._opening = threading.Lock()
 
     def open_session(self, session: str) -> None:
         """See `Guard`."""
@@ -138,14 +140,17 @@ class PromptGuard:
         return completion_outline(request, change)
 
     def _session(self, name: str) -> Sanitiser:
-        opened = self._sessions.get(name)
-        if opened is None:
-            if len(self._sessions) >= MAX_SESSIONS:
-                raise RequestError(f"There are {MAX_SESSIONS} sessions.", remedy="Restart the gateway, or reuse one.")
-            parts = self._parts
-            opened = Sanitiser(parts.detection, parts.sampler, parts.ledger, name, self._budget)
-            self._sessions[name] = opened
-        return opened
+        with self._opening:  # two sanitisers of one session would draw for the same span twice
+            opened = self._sessions.get(name)
+            if opened is None:
+                if len(self._sessions) >= MAX_SESSIONS:
+                    raise RequestError(
+                        f"There are {MAX_SESSIONS} sessions.", remedy="Restart the gateway, or reuse one."
+                    )
+                parts = self._parts
+                opened = Sanitiser(parts.detection, parts.sampler, parts.ledger, name, self._budget)
+                self._sessions[name] = opened
+            return opened
 
     def _check_name(self, name: str) -> None:
         words = " ".join(_words_of(name)).lower()

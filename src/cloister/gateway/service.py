@@ -21,6 +21,7 @@ from cloister.errors import CloisterError, EnclaveLostError, GatewayError, Priva
 from cloister.gateway.engine import Engine, EngineRequest
 from cloister.gateway.guard import Guard
 from cloister.gateway.outline import change_json, chat_outline, completion_outline
+from cloister.gateway.prompt_queue import PromptQueue, QueueSettings
 from cloister.privacy.labels import Format, Label, Numeral
 from cloister.privacy.mechanism import Kind
 from cloister.privacy.restore import Restorer, ReverseMap, Swap, restore
@@ -30,8 +31,6 @@ from cloister.wire.sanitising import Protected
 
 REMEMBERED_REQUESTS: Final = 20
 RESTORED_SHOWN: Final = 1000
-PROMPT_THREADS: Final = 8
-"""Prompts that wait for the guard at once; further ones wait for a thread."""
 REPORT_THREADS: Final = 2
 """Reports and evidence at once; apart from prompts, so that long ones keep nobody from looking."""
 
@@ -49,6 +48,8 @@ class GatewaySettings:
     """The session of clients that name none."""
     restore_words: bool = False
     """Put back ordinary words too, not only names, values and identifiers."""
+    queue: QueueSettings = field(default_factory=QueueSettings)
+    """How many prompts wait for the sanitiser, and how long."""
 
 
 @dataclass
@@ -68,8 +69,7 @@ class Gateway:
         self._settings = settings
         self._guard = None if engine.trusted else guard
         self._sessions: dict[str, _Session] = {}
-        self._opening = asyncio.Lock()
-        self._prompts = ThreadPoolExecutor(PROMPT_THREADS, "cloister-prompts")
+        self._prompts = PromptQueue(settings.queue)
         self._reports = ThreadPoolExecutor(REPORT_THREADS, "cloister-reports")
         self._started = time.time()
         self._replaced: Counter[str] = Counter()
@@ -91,8 +91,8 @@ class Gateway:
         await self._engine.close()
         if self._guard is not None:
             await asyncio.to_thread(self._guard.close)
-        for threads in (self._prompts, self._reports):
-            threads.shutdown(wait=False, cancel_futures=True)
+        self._prompts.close()
+        self._reports.shutdown(wait=False, cancel_futures=True)
 
     def models(self) -> list[dict[str, Any]]:
         """See `Service`."""
@@ -194,7 +194,7 @@ class Gateway:
                 sent = _as_it_is(request)
             else:
                 opened = await self._session(self._guard, session)
-                protected = await _inside(self._prompts, self._guard.protect, opened.name, request)
+                protected = await self._prompts.run(self._guard.protect, opened.name, request)
                 reverse = ReverseMap(_swaps(protected), protected.kept, words=self._settings.restore_words)
                 report = self._noted(opened, protected, reverse)
                 sent = _engine_request(protected, opened.salt)
@@ -252,12 +252,9 @@ class Gateway:
 
     async def _session(self, guard: Guard, name: str) -> _Session:
         name = name or self._settings.session
-        async with self._opening:
-            opened = self._sessions.get(name)
-            if opened is None:
-                await _inside(self._prompts, guard.open_session, name)
-                opened = self._sessions[name] = _Session(name)
-        return opened
+        if name not in self._sessions:
+            await self._prompts.run(guard.open_session, name)
+        return self._sessions.setdefault(name, _Session(name))
 
     def _check_model(self, model: str) -> None:
         if model not in ("", "default", self._engine.model):

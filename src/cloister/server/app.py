@@ -1,16 +1,19 @@
 """The HTTP server: OpenAI's paths, and Cloister's own beside them.
 
-Covers: any object with the methods of `schema.Service`; limits on what a client sends; browsers. A web page that the user
+Covers: any object with the methods of `schema.Service`; limits on what a client sends; a client that leaves before its answer
+has ended, which ends the service's work; browsers. A web page that the user
 visits could otherwise send requests to this port: requests with a foreign `Origin` or `Host` are refused.
 Does not cover: other users of the same machine, unless a key is set; TLS, which a loopback address needs none of.
 """
 
+import asyncio
 import hmac
+import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
@@ -35,6 +38,9 @@ EMBEDDINGS_REFUSED = (
     "Embeddings are not served: a vector of a whole text gives the text away (it can be inverted), and a sanitised text's "
     "vector does not stand for what the user wrote."
 )
+
+
+Answered = TypeVar("Answered")
 
 
 @dataclass
@@ -118,7 +124,7 @@ class _Server:
             try:
                 response = self._refusal(request, open_to_all) or await handler(request)
             except CloisterError as error:
-                response = _json(error_body(error), status_of(error), {"x-should-retry": "false"})
+                response = _json(error_body(error), status_of(error), _retry(error))
             except ClientDisconnect:
                 response = Response(status_code=499)
             path = "/".join(request.url.path.split("/")[:3]) if request.path_params else request.url.path
@@ -145,22 +151,19 @@ class _Server:
     async def _chat(self, request: Request) -> Response:
         asked = decoded(await _body(request), ChatRequest)
         deltas = self._service.chat(asked, _session(request))
-        return await self._answer(Header(asked.model or self._name(), chat=True), asked, deltas)
+        return await self._answer(request, Header(asked.model or self._name(), chat=True), asked, deltas)
 
     async def _complete(self, request: Request) -> Response:
         asked = decoded(await _body(request), CompletionRequest)
         deltas = self._service.complete(asked, _session(request))
-        return await self._answer(Header(asked.model or self._name(), chat=False), asked, deltas)
+        return await self._answer(request, Header(asked.model or self._name(), chat=False), asked, deltas)
 
     async def _answer(
-        self, header: Header, asked: ChatRequest | CompletionRequest, deltas: AsyncIterator[Delta]
+        self, request: Request, header: Header, asked: ChatRequest | CompletionRequest, deltas: AsyncIterator[Delta]
     ) -> Response:
         if not asked.stream:
-            return _json(await whole(header, deltas))
-        try:  # a failure before the first piece still has a status of its own
-            first = [await anext(deltas)]
-        except StopAsyncIteration:
-            first = []
+            return _json(await _unless_gone(request, whole(header, deltas)))
+        first = await _unless_gone(request, _first(deltas))  # a failure before it still has a status of its own
         include_usage = asked.stream_options is not None and asked.stream_options.include_usage
         return StreamingResponse(
             events(header, _chained(first, deltas), include_usage),
@@ -225,6 +228,38 @@ async def _body(request: Request) -> bytes:
     return b"".join(pieces)
 
 
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Answered]) -> Answered:
+    """Returns what `work` returns; cancels it when the client leaves first, and waits until it has ended.
+
+    Raises:
+        ClientDisconnect: the client left.
+    """
+    working = asyncio.ensure_future(work)
+    tasks = (working, asyncio.ensure_future(_gone(request)))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _first(deltas: AsyncIterator[Delta]) -> list[Delta]:
+    """Returns the first piece, if there is one."""
+    try:
+        return [await anext(deltas)]
+    except StopAsyncIteration:
+        return []
+
+
 def _session(request: Request) -> str:
     name = request.headers.get(SESSION_HEADER, "")
     if len(name) > 128 or not name.isprintable():
@@ -243,6 +278,13 @@ def _json(body: dict[str, Any], status: int = 200, headers: dict[str, str] | Non
     return Response(
         msgspec.json.encode(body), status, {"cache-control": "no-store", **(headers or {})}, "application/json"
     )
+
+
+def _retry(error: CloisterError) -> dict[str, str]:
+    """Returns what tells clients whether to ask again by themselves: most errors stay, and a prompt may have been charged."""
+    if error.retry_seconds is None:
+        return {"x-should-retry": "false"}
+    return {"x-should-retry": "true", "retry-after": str(math.ceil(error.retry_seconds))}
 
 
 def _refused(status: int, message: str, code: str) -> Response:
