@@ -24,12 +24,21 @@ from cloister.gateway.sanitising import PromptGuard, protection  # noqa: E402
 from cloister.gateway.service import Gateway, GatewaySettings  # noqa: E402
 from cloister.gateway.text_engine import TextEngine  # noqa: E402
 from cloister.gateway.vllm_engine import VllmEngine  # noqa: E402
+from cloister.local.broker_link import owner_folder  # noqa: E402
+from cloister.local.sanitising import SanitisingEnclave  # noqa: E402
+from cloister.local.sanitising_restart import RestartingGuard  # noqa: E402
 from cloister.model.directory import ModelDirectory, open_model  # noqa: E402
 from cloister.model.embedding import EmbeddingLayer  # noqa: E402
 from cloister.privacy.detector import Dictionary, Mode, standard  # noqa: E402
 from cloister.privacy.ledger import Ledger  # noqa: E402
 from cloister.privacy.mechanism import Kind  # noqa: E402
+from cloister.seal.selection import Part  # noqa: E402
+from cloister.seal.signing import SigningKey  # noqa: E402
+from cloister.seal.store import Store  # noqa: E402
+from cloister.seal.writer import Sealed, seal_model  # noqa: E402
 from cloister.server.app import application  # noqa: E402
+from tests.demo_candidates import write_candidates  # noqa: E402
+from tests.gateway.enclaves import NOW, Asked  # noqa: E402
 from tests.gateway.stub_engine import StubEngine  # noqa: E402
 from tests.privacy.samplers import GAZETTEER, ListSampler  # noqa: E402
 
@@ -120,3 +129,61 @@ def start(
         return running
 
     return begin
+
+
+@pytest.fixture(scope="session")
+def candidates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("candidates") / "demo.candidates"
+    write_candidates(path)
+    return path
+
+
+@pytest.fixture
+def owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
+    return owner_folder()
+
+
+@pytest.fixture
+def asked(owner: Path, candidates: Path, tmp_path: Path) -> Asked:
+    return Asked(candidates, tmp_path)
+
+
+@pytest.fixture
+def confined(asked: Asked) -> Iterator[SanitisingEnclave]:
+    with SanitisingEnclave(asked.opening()) as enclave:
+        yield enclave
+
+
+@pytest.fixture
+def sealed(owner: Path, candidates: Path, tmp_path: Path) -> Sealed:
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in Path(demo_folder()).iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    (model / "candidates.cloister").write_bytes(candidates.read_bytes())
+    made = seal_model(model, tmp_path / "client", SigningKey.generate(), name="demo", version=1, part=Part.EMBEDDINGS)
+    with Store.open(owner, create=True) as store:
+        store.deposit(made.root, "demo", 1, made.key, NOW)
+    return made
+
+
+@pytest.fixture
+def begin(serve: Callable[..., Running], engine: StubEngine) -> Callable[..., Running]:
+    """Starts a gateway before the stub with the guard and the reference of an enclave."""
+
+    def start(
+        enclave: SanitisingEnclave | RestartingGuard,
+        transport: Transport = Transport.EMBEDS,
+        settings: GatewaySettings | None = None,
+    ) -> Running:
+        client = EngineClient(engine.address, "engine-key", 30)
+        text = transport is Transport.TEXT
+        made: Engine = TextEngine(client) if text else VllmEngine(client, enclave.reference, transport)
+        guard = enclave.guard if isinstance(enclave, SanitisingEnclave) else enclave
+        running = serve(Gateway(made, settings or GatewaySettings(), guard))
+        running.engine = engine
+        engine.forget()
+        return running
+
+    return start

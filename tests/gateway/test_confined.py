@@ -10,16 +10,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
 import openai
-import psutil
 import pytest
 
 from cloister.assets import demo_model
@@ -38,123 +36,25 @@ from cloister.errors import (
     RequestError,
     SettingsError,
 )
-from cloister.gateway.engine import Engine, Transport
-from cloister.gateway.http import EngineClient
+from cloister.gateway.engine import Transport
 from cloister.gateway.prompt_queue import QueueSettings
-from cloister.gateway.service import Gateway, GatewaySettings
-from cloister.gateway.text_engine import TextEngine
-from cloister.gateway.vllm_engine import VllmEngine
-from cloister.local.broker_link import owner_folder, stand_in_file
+from cloister.gateway.service import GatewaySettings
+from cloister.local.broker_link import stand_in_file
 from cloister.local.sandbox import sanitising_confinement
 from cloister.local.sanitising import SanitisingEnclave, _files
 from cloister.model.embedding import EmbeddingLayer
-from cloister.seal.policy import stand_in_policy
 from cloister.seal.selection import Part
 from cloister.seal.signing import SigningKey
 from cloister.seal.store import Store
 from cloister.seal.writer import Sealed, seal_model
 from cloister.server.schema import ChatRequest
-from cloister.wire.sanitising import AskEvidence, Embed, OpenGateway, Protected, Rows, Shown, policy_digest
+from cloister.wire.sanitising import AskEvidence, Embed, Protected, Rows, Shown, policy_digest
 from tests.demo_candidates import write_candidates
 from tests.gateway.conftest import Running
+from tests.gateway.enclaves import ASKED, NOW, TEXT, Asked, allow, enclave_pid, events, until
 from tests.gateway.stub_engine import StubEngine
 from tests.gateway.test_refusals import EVERYTHING, leaked, message, post
 from tests.isolation.readers import scan
-
-NOW = datetime.now(UTC).isoformat()
-TEXT = "Tell Zorblax Quandry that bluebird owes 45,200 to zorblax@quandry.org."
-ASKED = msgspec.convert({"messages": [{"role": "user", "content": TEXT}], "max_tokens": 20}, ChatRequest)
-
-
-@pytest.fixture(scope="session")
-def candidates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("candidates") / "demo.candidates"
-    write_candidates(path)
-    return path
-
-
-@pytest.fixture
-def owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
-    return owner_folder()
-
-
-@dataclass
-class Asked:
-    """What a test asks the enclave to open."""
-
-    candidates: Path
-    folder: Path
-
-    def opening(self, **changes: object) -> OpenGateway:
-        (self.folder / "words").write_text("bluebird = organisation\n")
-        given = {
-            "model": str(demo_model()), "candidates": str(self.candidates), "ledger": str(self.folder / "state" / "ledger.db"),
-            "mechanism": "channel", "epsilon": "2", "budget": 100.0, "mode": "detected", "detectors": ("rules",),
-            "dictionary": str(self.folder / "words"), "transport": "embeds",
-        }  # fmt: skip
-        return OpenGateway(**{**given, **changes})
-
-
-@pytest.fixture
-def asked(owner: Path, candidates: Path, tmp_path: Path) -> Asked:
-    return Asked(candidates, tmp_path)
-
-
-@pytest.fixture
-def confined(asked: Asked) -> Iterator[SanitisingEnclave]:
-    with SanitisingEnclave(asked.opening()) as enclave:
-        yield enclave
-
-
-@pytest.fixture
-def sealed(owner: Path, candidates: Path, tmp_path: Path) -> Sealed:
-    model = tmp_path / "model"
-    model.mkdir()
-    for path in Path(demo_model()).iterdir():
-        (model / path.name).write_bytes(path.read_bytes())
-    (model / "candidates.cloister").write_bytes(candidates.read_bytes())
-    made = seal_model(model, tmp_path / "client", SigningKey.generate(), name="demo", version=1, part=Part.EMBEDDINGS)
-    with Store.open(owner, create=True) as store:
-        store.deposit(made.root, "demo", 1, made.key, NOW)
-    return made
-
-
-def allow(owner: Path, *measurements: str) -> None:
-    installation = Installation.open(stand_in_file(), datetime.now(UTC))
-    with Store.open(owner) as store:
-        store.allow("demo", stand_in_policy(installation.fingerprint, list(measurements)), NOW, min_version=1)
-
-
-def events(owner: Path) -> list[str]:
-    with Store.open(owner) as store:
-        return [line.event["event"] for line in store.log.lines()]
-
-
-def enclave_pid(enclave: SanitisingEnclave) -> int:
-    """Returns the Python process itself, which bubblewrap may have started."""
-    process = psutil.Process(enclave.pid)
-    return [process, *process.children(recursive=True)][-1].pid
-
-
-Serve = Callable[..., Running]
-
-
-@pytest.fixture
-def begin(serve: Serve, engine: StubEngine) -> Callable[[SanitisingEnclave, Transport], Running]:
-    def start(
-        enclave: SanitisingEnclave, transport: Transport = Transport.EMBEDS, settings: GatewaySettings | None = None
-    ) -> Running:
-        client = EngineClient(engine.address, "engine-key", 30)
-        text = transport is Transport.TEXT
-        made: Engine = TextEngine(client) if text else VllmEngine(client, enclave.reference, transport)
-        running = serve(Gateway(made, settings or GatewaySettings(), enclave.guard))
-        running.engine = engine
-        engine.forget()
-        return running
-
-    return start
-
 
 Begin = Callable[..., Running]
 
@@ -333,13 +233,6 @@ def test_an_enclave_that_hangs_keeps_a_few_waiting_and_refuses_the_others(asked:
         assert first.result(30)[0] == 200
         assert post(running, ask)[0] == 200
         assert leaked(engine) == []
-
-
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_only_prompts_of_sanitised_texts_are_embedded(confined: SanitisingEnclave) -> None:

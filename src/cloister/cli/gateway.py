@@ -4,9 +4,10 @@ import asyncio
 import ipaddress
 import os
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from enum import StrEnum
 from fractions import Fraction
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -137,6 +138,7 @@ def gateway(
             service = Gateway(_enclave_engine(engine, model, policy), settings, None)
         else:
             from cloister.local.sanitising import SanitisingEnclave
+            from cloister.local.sanitising_restart import RestartingGuard
             from cloister.wire.sanitising import OpenGateway
 
             _check_engine(engine, timeout)
@@ -148,9 +150,9 @@ def gateway(
                 detectors=tuple(name.strip() for name in detectors.split(",") if name.strip()),
             )  # fmt: skip
             with stderr().status("opening the sanitising enclave ..."):
-                enclave = stack.enter_context(SanitisingEnclave(asked, broker))
-            made = _engine(engine, enclave.reference, transport, served_model, _secret(engine_key_file), timeout)
-            service = Gateway(made, settings, enclave.guard)
+                guard = stack.enter_context(closing(RestartingGuard(partial(SanitisingEnclave, asked, broker))))
+            made = _engine(engine, guard.reference, transport, served_model, _secret(engine_key_file), timeout)
+            service = Gateway(made, settings, guard)
         hosts = {LOOPBACK, "localhost", "[::1]", host}
         app = application(service, hosts=tuple(hosts), origins=tuple(origins or ()), key=key)
         asyncio.run(_serve(service, app, listener, quiet))

@@ -28,7 +28,7 @@ from cloister.wire.sanitising import (
 )
 
 SECONDS: Final = 60.0
-"""Longest wait for an answer, beside what a long prompt takes; for an enclave that hangs, since one that dies is noticed at once."""
+"""Longest wait for an answer, beside what a long prompt takes: for an enclave that hangs. One that dies is noticed at once."""
 BYTES_A_SECOND: Final = 2**14
 """What an enclave sanitises at least: far less than one slow core does."""
 
@@ -78,7 +78,9 @@ class ConfinedGuard:
     def alive(self) -> None:
         """See `Guard`."""
         if not (self._prompts.is_open and self._reports.is_open):
-            raise EnclaveLostError("The sanitising enclave is gone.", remedy="Start the gateway again.")
+            raise EnclaveLostError(
+                "The sanitising enclave is gone. Nothing was sent.", remedy="Start the gateway again."
+            )
 
     def close(self) -> None:
         """See `Guard`."""

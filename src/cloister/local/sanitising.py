@@ -9,7 +9,7 @@ import os
 import socket
 import subprocess
 import tempfile
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Final
@@ -112,6 +112,11 @@ class SanitisingEnclave:
         """The process that was started: the enclave itself, or bubblewrap with the enclave inside."""
         return self._process.pid
 
+    def wait(self) -> None:
+        """Returns when the process has ended."""
+        with suppress(ChildProcessError):  # it has, and somebody has collected it
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+
     def close(self) -> None:
         """Ends the process; harmless when already closed."""
         self.prompts.close()
@@ -138,8 +143,11 @@ class SanitisingEnclave:
             code: int | None = self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             code = None
-        self._log.seek(0)
-        lines = self._log.read()[-4000:].decode("utf-8", "replace").strip().splitlines()
+        try:
+            self._log.seek(0)
+            lines = self._log.read()[-4000:].decode("utf-8", "replace").strip().splitlines()
+        except ValueError:  # closed meanwhile
+            return "it was closed"
         return f"the process ended (exit code {code}): {lines[-1][:200] if lines else 'it wrote nothing'}"
 
 

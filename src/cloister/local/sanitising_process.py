@@ -12,6 +12,7 @@ table. Before a split server (`OpenSplit`) each token that the server returns is
 """
 
 import argparse
+import gc
 import socket
 import sys
 import threading
@@ -49,6 +50,7 @@ def run(prompts: socket.socket, reports: socket.socket, owner: Owner | None, pro
     except CloisterError as error:
         end.send(Failure.of(error))
         return
+    gc.freeze()  # lists and detectors stay: going through them again takes half a second, in the middle of a prompt
     end.send(opened.ready)
     threading.Thread(target=_serve_quietly, args=(answering_end(reports), opened.reports), daemon=True).start()
     serve(end, opened.prompts)
