@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloister.privacy import patterns
+from cloister.privacy.expressions import NOTHING, needs_of
 from cloister.privacy.labels import Finding, Format, Numeral, settle
 from cloister.privacy.mechanism import Kind
 from cloister.privacy.models import LEAST_SCORE, RECOGNISERS, Presidio
 from cloister.privacy.patterns import Patterns, iban_is_valid, luhn_is_valid
-from cloister.privacy.prefilter import NOTHING, Digits, Needs, matches, needs_of
+from cloister.privacy.prefilter import LONG, Digits, Needs, worth
 
 ALPHABET = st.text(
     st.sampled_from([*"0123456789" * 3, *"+-. ()/:,@_'’\n", *"ABCDEFXabcdefx", *"٣４ſİıKé"]), max_size=60
@@ -110,6 +111,26 @@ def test_presidio_finds_what_it_finds_everywhere(
     assert settle(presidio.find(text)) == settle(whole(text))
 
 
+NUMBERS = st.lists(
+    st.sampled_from(
+        [*"0123456789" * 2, "49", "00", "011", "(0)", " ", "-", "/", ".", "+", "x", "xx", " x", "#", " ext. ", ";ext=",
+         "1/2/2020", "8005", "2125550", "7911", "310", "30 ", "~", "٣", "\u2013"]
+    ),
+    max_size=18,
+).map("".join)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.lists(NUMBERS, min_size=1, max_size=2).map(" and ".join))
+def test_telephone_numbers_are_found_where_the_library_finds_them(
+    text: str, presidio: Presidio, whole: Callable[[str], list[Finding]]
+) -> None:
+    def phones(findings: list[Finding]) -> list[Finding]:
+        return settle([finding for finding in findings if finding.label is Format.PHONE])
+
+    assert phones(presidio.find(text)) == phones(whole(text))
+
+
 @pytest.mark.parametrize("between", ["-" * 50, " " * 30 + "-" * 30, "," * 60])
 def test_an_extension_far_behind_its_number_is_found(
     between: str, presidio: Presidio, whole: Callable[[str], list[Finding]]
@@ -134,31 +155,37 @@ def test_real_texts_have_the_same_findings(
 
 
 def test_what_is_said_of_our_own_expressions_is_what_they_say() -> None:
-    for name in ("IBAN", "CARD", "SSN", "DIGITS", "NUMBER"):
-        declared, derived = getattr(patterns, f"_{name}"), needs_of(getattr(patterns, name).pattern)
-        assert declared.digits <= derived.digits
-        assert declared.longest >= derived.longest, name
-    assert patterns._PHONE.longest >= needs_of(patterns.PHONE.pattern).longest
+    for name, expression in [("CARD", patterns.CARD), ("SSN", patterns.SSN), ("CODE", patterns.DIGITS)]:
+        assert getattr(patterns, f"LEAST_{name}") <= needs_of(expression.pattern).digits, name
+    assert needs_of(patterns.IBAN.pattern).beside_letters
+    assert needs_of(patterns.DATE.pattern).digits >= 1
+    for solid in (patterns.EMAIL, patterns.ADDRESS, patterns.UUID):
+        assert needs_of(solid.pattern).solid
+    assert patterns.KEY.pattern.count("{12,2000}") == 1  # and two characters before it: `LONG` of the chunk
 
 
 @pytest.mark.parametrize(
     ("expression", "needs"),
     [
-        (r"\b\d{3}-\d{2}\b", Needs(digits=5, longest=6)),
-        (r"(?:[0-9a-f]{1,4}:){7}[0-9a-f]{1,4}", Needs(colons=7, longest=39)),
-        (r"a\d|\d\d\d|7", Needs(digits=1, longest=3)),
-        (r"[A-Z]{6}\d{4}", Needs(digits=4, run=10, longest=10)),
-        (r"\d+", Needs(digits=1)),
-        (r"(?=.*\d{40})\d", Needs(digits=1)),  # it looks too far: no length is said
-        (r"x(?!\d)", Needs(longest=1)),
-        (r"\d(?=a{32})", Needs(digits=1, longest=1)),
-        (r"\d(?=a{32}\b)", Needs(digits=1)),  # the boundary looks one further
-        (r"\d(?=a{20}(?=b{20}))", Needs(digits=1)),
-        (r"\d(?=a{20}(?=b{12}))\b", Needs(digits=1, longest=1)),
-        (r"(?<!(?<=a{20})b{20})\d", Needs(digits=1)),
-        (r"(\d)x\1", Needs(digits=1)),
+        (r"\b\d{3}-\d{2}\b", Needs(5, row=3, marks=(("-", 1),), solid=True, least=6, longest=6, margin=1)),
+        (r"(?:[0-9a-f]{1,4}:){7}[0-9a-f]", Needs(marks=((":", 7),), solid=True, least=15, longest=36)),
+        (r"a\d|\d\d\d|7", Needs(1, row=1, solid=True, least=1, longest=3)),
+        (r"[A-Z]{6}\d{4}", Needs(4, row=4, beside_letters=True, run=10, solid=True, least=10, longest=10)),
+        (r"[a-z]-?\d", Needs(1, row=1, solid=True, least=2, longest=3)),
+        (r"(?:a\d){2}", Needs(2, row=1, beside_letters=True, solid=True, least=4, longest=4)),
+        (r"\d(?:\d\d){2} ?\d", Needs(6, row=5, least=6, longest=7)),
+        (r"\d?\d[.]\d{2,}", Needs(3, row=2, marks=((".", 1),), solid=True, least=4)),
+        (r"\d+", Needs(1, row=1, solid=True, least=1)),
+        (r"(?=.*\d{40})\d", Needs(1, row=1, least=1)),  # it looks too far: no length is said
+        (r"x(?!\d)", Needs(solid=True, least=1, longest=1, margin=1)),
+        (r"\d(?=a{32})", Needs(1, row=1, solid=True, least=1, longest=1, margin=32)),
+        (r"\d(?=a{32}\b)", Needs(1, row=1, least=1)),  # the boundary looks one further
+        (r"\d(?=a{20}(?=b{20}))", Needs(1, row=1, least=1)),
+        (r"\d(?=a{20}(?=b{12}))\b", Needs(1, row=1, solid=True, least=1, longest=1, margin=32)),
+        (r"(?<!(?<=a{20})b{20})\d", Needs(1, row=1, least=1)),
+        (r"(\d)x\1", Needs(2, row=1, beside_letters=True, solid=True, least=3, longest=3)),
         (r"^\d{9}", NOTHING),  # anchors are not understood
-        (r"[^a]{3}", Needs(longest=3)),
+        (r"[^a]{3}", Needs(least=3, longest=3)),
         (r"(unclosed", NOTHING),
     ],
 )
@@ -166,18 +193,38 @@ def test_needs_are_read_off_an_expression(expression: str, needs: Needs) -> None
     assert needs_of(expression) == needs
 
 
-@settings(max_examples=300)
+@settings(max_examples=600)
 @given(
-    st.text(st.sampled_from([*"0123456789" * 2, *"ab-: "]), max_size=200),
-    st.sampled_from(
-        [r"\b\d{3}-\d\b", r"\d(?:[ -]?\d){3}(?!\d)", r"(?<![a-b])a\d{2,4}b", r"[ab]{0,3}\d[ab0-9]{9}", r"(?:\d:){2}\d"]
+    st.text(st.sampled_from([*"0123456789" * 2, *"ab-: .\n_", "٣", "é", "\xa0"]), max_size=120),
+    st.lists(
+        st.sampled_from(
+            [r"\d", r"\d{3}", r"\d{1,4}", r"\d*", "a", "[ab]{2}", "[ab0-9]", r"\w{2,4}", ":", r"\.", "-?", "[- ]", r"\s", ".",
+             r"\b", r"(?!\d)", "(?<![a-b])", r"(?=\w)", r"(?:a\d|\d\d)", r"(?:\d:){2}", r"(?:-\d{2})+", r"(?:\d[ -]?){3}",
+             r"([ab\d])\1", r"\w{9}", r"(?:\d|\.)?", "[^a]"]
+        ),
+        min_size=1, max_size=5,
     ),
-)
-def test_stretches_hold_every_match(text: str, expression: str) -> None:
-    pattern = re.compile(expression)
-    padded = f"{text}{'.' * 80}{text[::-1]}"
-    found = [match.span() for match in matches(pattern, needs_of(expression), Digits(padded))]
-    assert found == [match.span() for match in pattern.finditer(padded)]
+)  # fmt: skip
+def test_stretches_hold_every_match(text: str, parts: list[str]) -> None:
+    pattern = re.compile("".join(part for place, part in enumerate(parts) if place == 0 or "\\1" not in part))
+    padded = f"{text}{'.' * 40} {'.' * 40}{text[::-1]}"
+    needs, digits = needs_of(pattern.pattern), Digits(padded)
+    found = [m.span() for place in needs.stretches(digits) for m in pattern.finditer(padded, *place) if m.group()]
+    assert found == [match.span() for match in pattern.finditer(padded) if match.group()]
+    assert not found or next(worth([(needs.thresholds, True)], digits), False)
+
+
+@given(st.text(st.sampled_from([*"0123456789" * 2, *"a- \n\t_.", "٣", "\xa0", "\x1c"]), max_size=60))
+def test_the_places_of_digits_are_those_that_an_expression_finds(text: str) -> None:
+    digits = Digits(text)
+    assert digits.places == [match.start() for match in re.finditer(r"\d", text)]
+    assert digits.longest_row == max(map(len, re.findall(r"\d+", text)), default=0)
+    assert digits.beside_letters == (re.search(r"\d[^\W\d]|[^\W\d]\d", text) is not None)
+    for start, stop, count in digits.chunks:
+        assert count == len(re.findall(r"\d", text[start:stop]))
+        assert start == 0 or text[start - 1].isspace()
+        assert stop == len(text) or text[stop].isspace()
+    assert [text[a:b] for a, b in digits.long_chunks] == [chunk for chunk in text.split() if len(chunk) >= LONG]
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 6), st.sampled_from([Kind.WORD, Format.URL])), max_size=6))

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from cloister.errors import SettingsError
+from cloister.privacy.expressions import needs_of
 from cloister.privacy.labels import Finding, Format, Label, Numeral
 from cloister.privacy.mechanism import Kind
-from cloister.privacy.phones import by_region
-from cloister.privacy.prefilter import Digits, Stretches, needs_of
+from cloister.privacy.phones import PhoneNumbers
+from cloister.privacy.prefilter import Digits, Needs, Stretch, Thresholds, worth
 
 RECOGNISERS: Final[Mapping[str, Format]] = {
     "CreditCardRecognizer": Format.CARD,
@@ -83,66 +84,74 @@ class Presidio:
                 remedy="Run `pip install cloister[gateway]`, or leave Presidio out with --detectors rules.",
             ) from error
         self._distinct: Any = EntityRecognizer.remove_duplicates
-        self._recognisers: list[tuple[Format, list[tuple[Any, Stretches]]]] = []
+        self._labels: list[Format] = []
+        self._expressions: list[tuple[Thresholds, _Expression]] = []
+        self._phones: list[tuple[int, PhoneNumbers]] = []
         for name, label in RECOGNISERS.items():
             if hasattr(known, name):
-                recogniser = getattr(known, name)()
+                recogniser, number = getattr(known, name)(), len(self._labels)
+                self._labels.append(label)
                 if isinstance(recogniser, PatternRecognizer):
                     validates = type(recogniser).validate_result is not PatternRecognizer.validate_result
-                    self._recognisers.append((label, _one_by_one(recogniser, validates)))
+                    made = _expressions(number, recogniser, validates)
+                    self._expressions += [(expression.needs.thresholds, expression) for expression in made]
                 else:
-                    self._recognisers.append((label, by_region(recogniser)))
+                    self._phones.append((number, PhoneNumbers(recogniser)))
 
     @property
     def name(self) -> str:
         """See `Detector`."""
-        return f"Presidio ({len(self._recognisers)} recognisers)"
+        return f"Presidio ({len(self._labels)} recognisers)"
 
     def find(self, text: str) -> list[Finding]:
         """See `Detector`."""
         digits = Digits(text)
-        found: list[Finding] = []
-        for label, parts in self._recognisers:
-            results = [
-                (result, start)
-                for recogniser, where in parts
-                for start, stop in where.stretches(digits)
-                for result in recogniser.analyze(text[start:stop], recogniser.supported_entities, None) or ()
-            ]
-            if results:
-                found += self._findings(results, label)
-        return found
+        tried: list[tuple[int, Any, Stretch]] = []
+        for expression in worth(self._expressions, digits):
+            tried += [(expression.number, expression.recogniser, place) for place in expression.stretches(digits)]
+        for number, phones in self._phones:
+            tried += [(number, recogniser, place) for recogniser, place in phones.worth(digits)]
+        if not tried:
+            return []
+        results: dict[int, list[Any]] = {}
+        for number, recogniser, (start, stop) in tried:
+            for result in recogniser.analyze(text[start:stop], recogniser.supported_entities, None) or ():
+                result.start, result.end = result.start + start, result.end + start
+                results.setdefault(number, []).append(result)
+        return [
+            Finding(result.start, result.end, self._labels[number])
+            for number in sorted(results)
+            for result in self._distinct(results[number])
+            if result.score >= LEAST_SCORE
+        ]
 
-    def _findings(self, results: list[tuple[Any, int]], label: Format) -> list[Finding]:
-        for result, offset in results:
-            result.start, result.end = result.start + offset, result.end + offset
-        distinct = self._distinct([result for result, _ in results])
-        return [Finding(r.start, r.end, label) for r in distinct if r.score >= LEAST_SCORE]
 
+class _Expression:
+    """An expression of a recogniser, which is the `number`-th."""
 
-class _Matching:
-    """The stretches of a text in which an expression does match."""
-
-    def __init__(self, expression: str, flags: int) -> None:
+    def __init__(self, number: int, recogniser: Any, expression: str) -> None:
         import regex  # with which Presidio compiles its expressions
 
-        self._needs = needs_of(expression, flags)
+        self.number = number
+        self.recogniser = recogniser
+        flags = int(recogniser.global_regex_flags)
+        self.needs: Needs = needs_of(expression, flags)
         self._compiled: Any = regex.compile(expression, flags)
 
-    def stretches(self, digits: Digits) -> list[tuple[int, int]]:
-        """See `Stretches`."""
-        found = self._needs.stretches(digits)
+    def stretches(self, digits: Digits) -> list[Stretch]:
+        """Returns the stretches of a text in which the expression does match."""
+        found = self.needs.stretches(digits)
         return [(start, stop) for start, stop in found if self._compiled.search(digits.text[start:stop]) is not None]
 
 
-def _one_by_one(recogniser: Any, validates: bool) -> list[tuple[Any, Stretches]]:
-    """Returns a recogniser for each expression that can reach `LEAST_SCORE`, by itself or by its check digits."""
-    made: list[tuple[Any, Stretches]] = []
+def _expressions(number: int, recogniser: Any, validates: bool) -> list[_Expression]:
+    """Returns the expressions of a recogniser that can reach `LEAST_SCORE`, by themselves or by their check digits."""
+    made = []
     for pattern in recogniser.patterns:
         if pattern.score >= LEAST_SCORE or validates:
             alone = copy.copy(recogniser)
             alone.patterns = [pattern]
-            made.append((alone, _Matching(pattern.regex, int(recogniser.global_regex_flags))))
+            made.append(_Expression(number, alone, pattern.regex))
     return made
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cloister.privacy.labels import Finding, Format, Numeral
-from cloister.privacy.prefilter import Digits, Needs, matches
+from cloister.privacy.prefilter import Digits, Stretch, joined
 
 EMAIL: Final = re.compile(r"[\w.+%-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}")
 URL: Final = re.compile(r"\b(?:https?|ftp|ssh|wss?)://[^\s<>\"'`]{1,2000}|\bwww\.[^\s<>\"'`]{1,2000}", re.IGNORECASE)
@@ -45,24 +45,32 @@ DATE: Final = re.compile(
 NUMBER: Final = re.compile(
     r"(?<![\w.])\d{1,3}(?:,\d{3}){1,5}(?:\.\d{1,6})?(?!\w)|(?<![\w.])\d{1,18}(?:[.,]\d{1,6})?(?!\d)"
 )
-# What a match has: digits, within so many characters (tests derive it from the expressions).
-_IBAN: Final = Needs(digits=2, longest=64)
-_CARD: Final = Needs(digits=12, longest=37)
-_SSN: Final = Needs(digits=9, longest=11)
-_DIGITS: Final = Needs(digits=3, longest=61)
-_NUMBER: Final = Needs(digits=1, longest=30)
+# What a match has (tests derive it from the expressions): digits, and how far one is from the next, at most.
+LEAST_CARD: Final = 12
+LEAST_SSN: Final = 9
+LEAST_CODE: Final = 3
+LEAST_DATE: Final = 4
 LEAST_PHONE: Final = 7
-_PHONE: Final = Needs(digits=LEAST_PHONE, longest=53)
+GAP: Final = 2
+"""In cards, social security numbers, codes of digits, numbers and dates of digits."""
+PHONE_GAP: Final = 5
+BEFORE_PHONE: Final = 2
+"""Characters of a match before its first digit, at most."""
+AFTER_PHONE: Final = 1
+BEFORE_MONTH: Final = 4
+AFTER_MONTH: Final = 11
+LOOKING: Final = 1
+"""Characters after a match that its assertions look at."""
 
 ORDINAL: Final = re.compile(r"^(?:st|nd|rd|th)\b", re.IGNORECASE)
 
 MONTHS: Final = (
     "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December",
 )  # fmt: skip
-_SECRET_WORDS: Final = ("pass", "pwd", "secret", "token", "api", "pin")
+_SECRET_WORDS: Final = (
+    "password", "passwd", "passphrase", "pwd", "secret", "token", "apikey", "api key", "api_key", "api-key", "pin",
+)  # fmt: skip
 """In lower case; one is in every match of `PASSWORD`."""
-_LONG_WORD: Final = 14
-"""Characters without a blank in a match of `KEY`, at least, but for a private key."""
 
 
 @dataclass(frozen=True)
@@ -82,64 +90,126 @@ class Patterns:
     def find(self, text: str) -> list[Finding]:
         """Returns identifiers first, then dates, then numbers, the surest first."""
         digits = Digits(text)
-        dates = list(_dates(digits))
-        if digits.places:
-            found = self._numbered(digits, dates)
+        found = [*_keys(digits), *_emails(digits), *_urls(text)]
+        if digits.rows:
+            dates = _dates(digits)
+            found += _ibans(digits)
+            found += _cards(digits)
+            found += _uuids(digits)
+            found += _in_chains(SSN, digits, LEAST_SSN, Format.IDENTIFIER)
+            found += _addresses(digits)
+            found += _phones(digits, dates)
+            found += _codes(digits)
+            found += _in_chains(DIGITS, digits, LEAST_CODE, Format.IDENTIFIER)
+            found += dates
+            found += self._numbers(digits)
         else:
-            found = [*self._worded(text), *self._uuids(text), *self._addresses(digits)]
-        return [*found, *(Finding(start, stop, Numeral.DATE) for start, stop in dates), *self._numbers(digits)]
-
-    @staticmethod
-    def _worded(text: str) -> Iterator[Finding]:
-        lower = _without_case(text)
-        if any(word in lower for word in _SECRET_WORDS):
-            for match in PASSWORD.finditer(text):
-                yield Finding(match.start(1), match.start(1) + len(match.group(1).rstrip(".!?)")), Format.KEY)
-        if "-----BEGIN" in text or max(map(len, text.split()), default=0) >= _LONG_WORD:
-            for match in KEY.finditer(text):
-                yield Finding(match.start(), match.start() + len(match.group().rstrip(".=,;")), Format.KEY)
-        if "@" in text:
-            yield from _all(EMAIL, text, Format.EMAIL)
-        if "://" in text or "www." in lower:
-            for match in URL.finditer(text):
-                yield Finding(match.start(), match.start() + len(match.group().rstrip(".,;:!?)]}")), Format.URL)
-
-    def _numbered(self, digits: Digits, dates: list[tuple[int, int]]) -> list[Finding]:
-        text = digits.text
-        found = list(self._worded(text))
-        found += (f for f in _near(IBAN, _IBAN, digits, Format.IBAN) if iban_is_valid(text[f.start : f.stop]))
-        found += (f for f in _near(CARD, _CARD, digits, Format.CARD) if luhn_is_valid(text[f.start : f.stop]))
-        found += self._uuids(text)
-        found += _near(SSN, _SSN, digits, Format.IDENTIFIER)
-        found += self._addresses(digits)
-        if digits.dense(LEAST_PHONE, _PHONE.longest):
-            for number in _all(PHONE, text, Format.PHONE):
-                count = sum(letter.isdigit() for letter in text[number.start : number.stop])
-                dated = any(number.start <= start and stop <= number.stop for start, stop in dates)
-                if LEAST_PHONE <= count <= 15 and not dated:
-                    found.append(number)
-        found += (f for f in _all(MIXED, text, Format.IDENTIFIER) if _is_code(text[f.start : f.stop]))
-        return found + list(_near(DIGITS, _DIGITS, digits, Format.IDENTIFIER))
-
-    @staticmethod
-    def _uuids(text: str) -> Iterator[Finding]:
-        if text.count("-") >= 4:
-            yield from _all(UUID, text, Format.IDENTIFIER)
-
-    @staticmethod
-    def _addresses(digits: Digits) -> Iterator[Finding]:
-        joints = digits.text.count(":") + digits.text.count("-")
-        if joints >= 2 or digits.dense(4, 15):  # colons, five hyphens, or four numbers with dots
-            yield from _all(ADDRESS, digits.text, Format.ADDRESS)
+            found += _uuids(digits)
+            found += _addresses(digits)
+        return found
 
     def _numbers(self, digits: Digits) -> Iterator[Finding]:
         text = digits.text
-        for found in _near(NUMBER, _NUMBER, digits, Numeral.NUMBER):
-            joined = text[found.stop : found.stop + 1].isalpha() or text[found.stop : found.stop + 1] == "_"
-            if joined and self.all_numbers:
+        for found in _in_chains(NUMBER, digits, 1, Numeral.NUMBER):
+            joined_on = text[found.stop : found.stop + 1].isalpha() or text[found.stop : found.stop + 1] == "_"
+            if joined_on and self.all_numbers:
                 continue  # every word is replaced, this one as a whole
             if self.all_numbers or found.stop - found.start > 1 or _is_amount(text, found):
                 yield found
+
+
+def _keys(digits: Digits) -> Iterator[Finding]:
+    text = digits.text
+    lower = text.lower() if text.isascii() else ""
+    if not lower or any(word in lower for word in _SECRET_WORDS):
+        for match in PASSWORD.finditer(text):
+            yield Finding(match.start(1), match.start(1) + len(match.group(1).rstrip(".!?)")), Format.KEY)
+    for start, stop in [(0, len(text))] if "-----BEGIN" in text else digits.long_chunks:
+        for match in KEY.finditer(text, start, stop):
+            yield Finding(match.start(), match.start() + len(match.group().rstrip(".=,;")), Format.KEY)
+
+
+def _emails(digits: Digits) -> Iterator[Finding]:
+    if "@" in digits.text:
+        yield from _within(EMAIL, digits.text, digits.chunks_with("@"), Format.EMAIL)
+
+
+def _urls(text: str) -> Iterator[Finding]:
+    if "://" in text or "www." in text.lower():
+        for match in URL.finditer(text):
+            yield Finding(match.start(), match.start() + len(match.group().rstrip(".,;:!?)]}")), Format.URL)
+
+
+def _ibans(digits: Digits) -> list[Finding]:
+    if not digits.beside_letters or digits.count < 2:
+        return []
+    found = _within(IBAN, digits.text, [(0, len(digits.text))], Format.IBAN)
+    return [one for one in found if iban_is_valid(digits.text[one.start : one.stop])]
+
+
+def _cards(digits: Digits) -> list[Finding]:
+    found = _in_chains(CARD, digits, LEAST_CARD, Format.CARD)
+    return [one for one in found if luhn_is_valid(digits.text[one.start : one.stop])]
+
+
+def _uuids(digits: Digits) -> list[Finding]:
+    hyphened = [place for place in digits.chunks_with("-") if digits.text.count("-", *place) >= 4]
+    return _within(UUID, digits.text, hyphened, Format.IDENTIFIER)
+
+
+def _addresses(digits: Digits) -> list[Finding]:
+    """Returns addresses: three dots and four digits, two colons, or five colons and hyphens with no blank between them."""
+    text = digits.text
+    places = [(a, b) for a, b, count in digits.chunks if count >= 4 and text.count(".", a, b) >= 3]
+    places += [place for place in digits.chunks_with(":") if text.count(":", *place) >= 2]
+    places += [place for place in digits.chunks_with("-") if text.count("-", *place) + text.count(":", *place) >= 5]
+    return _within(ADDRESS, text, sorted(set(places)), Format.ADDRESS)
+
+
+def _phones(digits: Digits, dates: list[Finding]) -> Iterator[Finding]:
+    if digits.count < LEAST_PHONE:
+        return
+    text = digits.text
+    chains = [(a, b) for a, b, count in digits.groups(PHONE_GAP) if count >= LEAST_PHONE]
+    around = [(max(0, a - BEFORE_PHONE), b + AFTER_PHONE + LOOKING) for a, b in chains]
+    for number in _within(PHONE, text, around, Format.PHONE):
+        count = sum([letter.isdigit() for letter in text[number.start : number.stop]])
+        dated = any(number.start <= date.start and date.stop <= number.stop for date in dates)
+        if LEAST_PHONE <= count <= 15 and not dated:
+            yield number
+
+
+def _codes(digits: Digits) -> list[Finding]:
+    found = _within(MIXED, digits.text, [(start, stop) for start, stop, _ in digits.chunks], Format.IDENTIFIER)
+    return [one for one in found if _is_code(digits.text[one.start : one.stop])]
+
+
+def _dates(digits: Digits) -> list[Finding]:
+    """Returns dates: they have four digits close to each other, or the name of a month beside a digit."""
+    text = digits.text
+    around = [(a, b) for a, b, count in digits.groups(GAP) if count >= LEAST_DATE]
+    for month in MONTHS:
+        place = text.find(month)
+        while place >= 0:
+            around.append((place - BEFORE_MONTH, place + len(month) + AFTER_MONTH))
+            place = text.find(month, place + 1)
+    return _within(DATE, text, joined(sorted(around), LOOKING, len(text)), Numeral.DATE) if around else []
+
+
+def _in_chains(pattern: re.Pattern[str], digits: Digits, least: int, label: Format | Numeral) -> list[Finding]:
+    """Returns the matches of an expression, each of which begins and ends with a digit of one chain of at least so many."""
+    if digits.count < least:
+        return []
+    chains = [(start, stop + LOOKING) for start, stop, count in digits.groups(GAP) if count >= least]
+    return _within(pattern, digits.text, chains, label)
+
+
+def _within(pattern: re.Pattern[str], text: str, places: list[Stretch], label: Format | Numeral) -> list[Finding]:
+    return [
+        Finding(match.start(), match.end(), label)
+        for start, stop in places
+        for match in pattern.finditer(text, start, stop)
+    ]
 
 
 def luhn_is_valid(card: str) -> bool:
@@ -163,31 +233,6 @@ def iban_is_valid(iban: str) -> bool:
 def iban_remainder(plain: str) -> int:
     """Returns the mod-97 remainder of an IBAN without blanks."""
     return int("".join(str(int(letter, 36)) for letter in plain[4:] + plain[:4])) % 97
-
-
-def _near(pattern: re.Pattern[str], needs: Needs, digits: Digits, label: Format | Numeral) -> Iterator[Finding]:
-    for match in matches(pattern, needs, digits):
-        yield Finding(match.start(), match.end(), label)
-
-
-def _dates(digits: Digits) -> Iterator[tuple[int, int]]:
-    """Yields the spans of dates: they have four digits close to each other, or the name of a month beside a digit."""
-    if digits.dense(4, 10) or (digits.places and any(month in digits.text for month in MONTHS)):
-        for match in DATE.finditer(digits.text):
-            yield match.span()
-
-
-def _without_case(text: str) -> str:
-    """Returns `text` in lower case, with the letters that an expression without case takes for i, k and s."""
-    lower = text.lower()
-    if lower.isascii():
-        return lower
-    return lower.replace("\u0307", "").replace("\u0131", "i").replace("\u017f", "s")
-
-
-def _all(pattern: re.Pattern[str], text: str, label: Format | Numeral) -> Iterator[Finding]:
-    for match in pattern.finditer(text):
-        yield Finding(match.start(), match.end(), label)
 
 
 def _is_code(word: str) -> bool:
