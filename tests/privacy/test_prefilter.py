@@ -16,6 +16,7 @@ from cloister.privacy.mechanism import Kind
 from cloister.privacy.models import LEAST_SCORE, RECOGNISERS, Presidio
 from cloister.privacy.patterns import Patterns, iban_is_valid, luhn_is_valid
 from cloister.privacy.prefilter import LONG, Digits, Needs, worth
+from cloister.privacy.tagger import _TOKEN, WEAK, Tagger, _finding, _Words
 
 ALPHABET = st.text(
     st.sampled_from([*"0123456789" * 3, *"+-. ()/:,@_'’\n", *"ABCDEFXabcdefx", *"٣４ſİıKé"]), max_size=60
@@ -78,6 +79,41 @@ def test_patterns_find_what_they_find_everywhere(text: str, all_numbers: bool) -
 
 def test_an_identifier_of_letters_only_is_found() -> None:
     assert Patterns().find("see deadbeef-dead-beef-dead-deadbeefdead.") == [Finding(4, 40, Format.IDENTIFIER)]
+
+
+TAGGER = Tagger(
+    {
+        "anna": Kind.FIRST_NAME, "schmidt": Kind.LAST_NAME, "new york": Kind.CITY, "york": Kind.CITY, "asthma": Kind.DISEASE,
+        "o'neil": Kind.LAST_NAME, "nurse": Kind.PROFESSION, "flu": Kind.DISEASE, "falcon": Kind.WORD, "st. john": Kind.CITY,
+    },
+    frozenset({"the", "letter", "falcon", "please"}),
+)  # fmt: skip
+SENTENCES = st.lists(
+    st.sampled_from(
+        ["Anna", "anna", "ANNA", "Schmidt", "Schmidt's", "New", "York", "asthma", "Asthma.", "asthma's", "aSTHMA", "flu-", "the", "The", "Dr.",
+         "Mr", "Ltd.", "in", "to", "O'Neil", "O’Neil’s", "nurse", "Nurse", "é", "Élan", "Please", "May", "U.S.", "e.g.", "Falcon", "St. John", "x1",
+         ".", ". ", ", ", " ", " ", " ", "\n", "_", "(", "Kumarson", "running", "Said", "IT", "ACME", "ß"]
+    ),
+    max_size=24,
+).map(lambda words: " ".join(words).replace("  ", ""))  # fmt: skip
+
+
+@settings(max_examples=400)
+@given(SENTENCES, st.booleans())
+def test_the_tagger_finds_what_it_finds_word_by_word(text: str, with_common: bool) -> None:
+    tagger = TAGGER if with_common else Tagger(TAGGER.lists)
+    words = _Words(_TOKEN.finditer(text))
+    found: list[Finding] = []
+    index = 0
+    while index < len(words):
+        run = tagger._run(text, words, index) if words[index].capital else []
+        kind = TAGGER.lists.get(words[index].plain)
+        if run:
+            found += tagger._entity(words, index, run)
+        elif kind is not None and kind not in WEAK and kind is not Kind.WORD:
+            found.append(_finding(words[index], words[index], kind))
+        index += max(1, len(run))
+    assert tagger.find(text) == found
 
 
 @pytest.fixture(scope="module")
