@@ -49,7 +49,7 @@ ORDINARY_ENDINGS: Final = (
 )  # fmt: skip
 """Endings of words that hardly any name has; at the beginning of a sentence they stand for no name."""
 
-_TOKEN: Final = re.compile(r"(?<!\w)[^\W\d_]+(?:['’.-][^\W\d_]+)*(?!\w)\.?")
+_TOKEN: Final = re.compile(r"(?<!\w)[^\W\d_]++(?:['’.-][^\W\d_]++)*(?!\w)\.?")
 _ASCII_TOKEN: Final = re.compile(_TOKEN.pattern, re.ASCII)
 """The same in a text of ASCII alone, where it is twice as fast."""
 _SENTENCE_END: Final = re.compile(r"(?:^|[.!?:;\n\"“”(•>*-])\s*[\"'“”‘’(\[*_]*$")
@@ -78,6 +78,9 @@ class _Word:
     @property
     def begins(self) -> bool:
         """Whether it begins a sentence."""
+        before = self._whole[max(0, self.start - 2) : self.start]
+        if before[-1:] == " " and (before[0].isalnum() or before[0] == ","):
+            return False  # as the expression has it
         return _SENTENCE_END.search(self._whole[max(0, self.start - 8) : self.start]) is not None
 
 
@@ -160,7 +163,7 @@ class Tagger:
     def _continues(run: list[_Word], word: _Word) -> bool:
         last = run[-1]
         ended = last.text.endswith(".") and len(last.plain) > 2 and last.plain not in _DOTTED
-        return not ended and not (word.begins and not word.text[1:2].islower() and last.text.endswith("."))
+        return not ended and not (last.text.endswith(".") and not word.text[1:2].islower() and word.begins)
 
     def _names(self, text: str, word: _Word, run: list[_Word], following: _Word | None) -> bool:
         plain = word.plain
