@@ -38,14 +38,54 @@ def inspected(family: str) -> list[dict[str, object]]:
 
 def check_family(name: str) -> None:
     made = inspected(name)
-    assert {one["kernel"] for one in made} == {"decode_product", "prefill_product", "await_rows", "publish"}
+    kernels = {str(one["kernel"]) for one in made}
+    assert {"await_rows", "publish", "cut_rows"} < kernels
+    assert kernels & {"decode_product", "decode_digits"}
+    assert kernels & {"prefill_product", "prefill_digits"}
     for one in made:
         assert one["shared_bytes"] <= SHARED_BYTES[one["capability"] // 10], one  # type: ignore[operator]
-        if str(one["kernel"]).endswith("product"):
+        if str(one["kernel"]).startswith(("decode", "prefill")):
             instructions = one["instructions"]
             assert isinstance(instructions, dict)
             assert any("MMA" in name for name in instructions), f"no tensor-core product in {one}"
             assert "LDGSTS" in instructions, f"weights are not copied asynchronously in {one}"
+
+
+ORDERING = """
+import json
+from cloister.accelerator.cuda import inspection, ring_kernels
+for name, kernel, constants in (
+    ("rows", ring_kernels.await_rows, {"BLOCK": 4096, "CUT": False}),
+    ("digits", ring_kernels.await_rows, {"BLOCK": 4096, "CUT": True}),
+    ("publish", ring_kernels.publish, {}),
+):
+    types = {"x_ptr": "*i8"} if name == "digits" else {}
+    print(json.dumps([name, inspection.compiled(kernel, 90, constants, 4, 3, types).asm["ptx"]]))
+"""
+
+
+def test_what_the_host_and_the_gpu_share_is_read_and_written_in_order() -> None:
+    """The instructions that the protocol rests on. No interpreter has caches, so the compiler's output is read instead."""
+    pytest.importorskip("triton", reason="triton is not installed: the GPU kernels are not compiled")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p.endswith("src"))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ORDERING], capture_output=True, text=True, check=True, env=environment
+    )
+    made = dict(json.loads(line) for line in done.stdout.splitlines())
+    for name in ("rows", "digits"):
+        polling, _, after = made[name].partition("fence.acq_rel.sys")
+        assert (
+            polling.count("ld.volatile.global") == 4
+        )  # the doorbell and the stop word, at first and again in the loop
+        assert after.count("ld.volatile.global.b32") == 4  # both again, then the order
+        assert "ld.volatile.global.v4" in after  # rows: sixteen bytes at a time
+        assert "ld.global" not in after.replace("ld.volatile.global", "")
+        assert "bar." not in made[name]  # threads may see the doorbell in different turns of the loop
+    before, _, after = made["publish"].partition("st.release.sys.global")
+    assert after
+    assert before.rfind("bar.") > before.rfind("st.global")  # what one thread stored, every thread releases
+    assert "atom." not in made["publish"]
 
 
 def test_hopper_kernels_use_the_tensor_cores_and_do_not_spill() -> None:
@@ -131,7 +171,7 @@ from pathlib import Path
 from cloister.isolation.confinement import Confinement, confine
 applied = confine(Confinement.decode(sys.argv[2]))
 from cloister.accelerator.cuda import inspection, ring_kernels
-made = inspection._compiled(ring_kernels.publish, 90, {}, 1, 3)
+made = inspection.compiled(ring_kernels.publish, 90, {}, 1, 3)
 assert made.asm["cubin"]
 try:
     Path(sys.argv[1]).write_text("out")

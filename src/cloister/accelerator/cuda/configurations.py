@@ -20,6 +20,9 @@ ROW_ALIGNMENT: Final = 128
 DECODE_ROWS: Final = 16
 """Most rows of the decode variant: the least that a tensor-core instruction takes."""
 
+CUTS: Final = ("inside", "before")
+"""Where a row is cut into digits: by every program of the product for itself, or once, before the product."""
+
 _MOST_SPLITS: Final = 32
 _FEWEST_BLOCKS: Final = 2
 """Each program of a split product reads at least this many blocks, or starting it costs more than it helps."""
@@ -47,11 +50,24 @@ class DecodeConfiguration:
     """Used only for weights of this many inputs; 0: any."""
     split_k: int = 0
     """Programs that share a tile; 0: as many as keep every multiprocessor busy."""
+    cut: str = "inside"
+    """Where rows are cut into digits: `inside` the product, or `before`."""
 
     def __post_init__(self) -> None:
         _check_blocks(self.block_n, self.block_k, self.warps, self.stages)
+        require(self.cut in CUTS, "cut", self.cut, " or ".join(CUTS))
         require(1 <= self.max_rows <= DECODE_ROWS, "max_rows", self.max_rows, f"1 to {DECODE_ROWS}")
         require(self.split_k in (0, 1, 2, 4, 8, 16, 32), "split_k", self.split_k, "0, or a power of two to 32")
+
+    @property
+    def cut_before(self) -> bool:
+        """Whether the product takes digits instead of rows."""
+        return self.cut == "before"
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of a tile of digits: a power of two from 4, the fewest that fill a tensor-core instruction, to 16."""
+        return max(4, 1 << (self.max_rows - 1).bit_length())
 
     def splits(self, d_out: int, d_in: int, multiprocessors: int) -> int:
         """Returns into how many parts the input dimension is cut: a power of two that fills the GPU once, at most."""
@@ -89,11 +105,19 @@ class PrefillConfiguration:
     """Used only for weights of this many outputs; 0: any."""
     d_in: int = 0
     """Used only for weights of this many inputs; 0: any."""
+    cut: str = "inside"
+    """Where rows are cut into digits: `inside` the product, or `before`."""
 
     def __post_init__(self) -> None:
         _check_blocks(self.block_n, self.block_k, self.warps, self.stages)
+        require(self.cut in CUTS, "cut", self.cut, " or ".join(CUTS))
         require(self.block_r in (16, 32, 64, 128), "block_r", self.block_r, "16, 32, 64 or 128")
         require(1 <= self.group_r <= 64, "group_r", self.group_r, "1 to 64")
+
+    @property
+    def cut_before(self) -> bool:
+        """Whether the product takes digits instead of rows."""
+        return self.cut == "before"
 
     def programs(self, rows: int, d_out: int, multiprocessors: int) -> int:
         """Returns the size of the persistent grid: what fits at once, evened out over the rounds that are needed."""

@@ -18,13 +18,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cloister.accelerator.cuda import kernels, ring_kernels
-from cloister.accelerator.cuda.configurations import Family, all_families
+from cloister.accelerator.cuda import digit_kernels, kernels, ring_kernels
+from cloister.accelerator.cuda.configurations import (
+    DecodeConfiguration,
+    Family,
+    PrefillConfiguration,
+    all_families,
+)
 
-_TYPES: Final = {"w_ptr": "*i8"} | dict.fromkeys(
+_TYPES: Final = {"w_ptr": "*i8", "digits_ptr": "*i8"} | dict.fromkeys(
     ("x_ptr", "out_ptr", "parts_ptr", "arrived_ptr", "order_ptr", "ring_ptr", "state_ptr"), "*i32"
 )
-_MULTIPLES_OF_16: Final = ("d_in", "d_out", "w_stride", "out_step", "requests", "request_words", "most_rows")
+_MULTIPLES_OF_16: Final = ("d_in", "d_out", "stride", "w_stride", "out_step", "requests", "request_words", "most_rows")
 SPILL_LIMIT: Final = 16
 """Bytes that a thread may keep outside its registers: a few words around the main loop cost nothing."""
 
@@ -51,25 +56,45 @@ def inspect_family(family: Family) -> Iterator[Compiled]:
     """Yields every kernel in every configuration of a family, compiled for each of its compute capabilities."""
     for major, minor in family.capabilities or ((8, 0), (9, 0), (10, 0), (12, 0)):
         capability = 10 * major + minor
-        for decode in family.decode:
-            constants = {"BLOCK_N": decode.block_n, "BLOCK_K": decode.block_k, "SPLIT_K": 8, "EVEN_K": True}
-            made = _compiled(kernels.decode_product, capability, constants, decode.warps, decode.stages)
-            yield _described(family.name, capability, "decode_product", decode, made)
-        for prefill in family.prefill:
-            constants = {"BLOCK_R": prefill.block_r, "BLOCK_N": prefill.block_n, "BLOCK_K": prefill.block_k}
-            constants |= {"GROUP_R": prefill.group_r, "EVEN_K": True}
-            made = _compiled(kernels.prefill_product, capability, constants, prefill.warps, prefill.stages)
-            yield _described(family.name, capability, "prefill_product", prefill, made)
-        made = _compiled(ring_kernels.await_rows, capability, {"BLOCK": 4096}, 4, 3)
-        yield _described(family.name, capability, "await_rows", None, made)
-        made = _compiled(ring_kernels.publish, capability, {}, 1, 3)
+        configurations: list[DecodeConfiguration | PrefillConfiguration] = [*family.decode, *family.prefill]
+        for one in configurations:
+            kernel, constants = product_of(one)
+            made = compiled(kernel, capability, constants, one.warps, one.stages)
+            yield _described(family.name, capability, kernel.__name__, one, made)
+        for cut in (False, True):
+            constants = {"BLOCK": 4096, "CUT": cut}
+            made = compiled(ring_kernels.await_rows, capability, constants, 4, 3, {"x_ptr": "*i8" if cut else "*i32"})
+            yield _described(family.name, capability, "await_rows", "digits" if cut else "", made)
+        made = compiled(digit_kernels.cut_rows, capability, {"BLOCK": 1024}, 4, 3)
+        yield _described(family.name, capability, "cut_rows", None, made)
+        made = compiled(ring_kernels.publish, capability, {}, 1, 3)
         yield _described(family.name, capability, "publish", None, made)
 
 
-def _compiled(kernel: Any, capability: int, constants: dict[str, int], warps: int, stages: int) -> Any:
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else _TYPES.get(name, "i32") for name in names}
-    aligned = [i for i, name in enumerate(names) if name in _TYPES or name in _MULTIPLES_OF_16]
+def product_of(one: DecodeConfiguration | PrefillConfiguration, split: int = 8) -> tuple[Any, dict[str, Any]]:
+    """Returns the kernel of a configuration and its constants; `split`: programs per tile, where it leaves that open."""
+    constants: dict[str, Any] = {"BLOCK_N": one.block_n, "BLOCK_K": one.block_k, "EVEN_K": True}
+    if isinstance(one, DecodeConfiguration):
+        constants["SPLIT_K"] = one.split_k or split
+        if one.cut_before:
+            return digit_kernels.decode_digits, constants | {"ROWS": one.tile_rows}
+        return kernels.decode_product, constants
+    constants |= {"BLOCK_R": one.block_r, "GROUP_R": one.group_r}
+    return digit_kernels.prefill_digits if one.cut_before else kernels.prefill_product, constants
+
+
+def compiled(
+    kernel: Any,
+    capability: int,
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+    types: dict[str, str] | None = None,
+) -> Any:
+    """Returns what Triton makes of a kernel for a compute capability; `types`: of parameters that differ from the usual."""
+    known, names = _TYPES | (types or {}), kernel.arg_names
+    signature = {name: "constexpr" if name in constants else known.get(name, "i32") for name in names}
+    aligned = [i for i, name in enumerate(names) if name in known or name in _MULTIPLES_OF_16]
     source = ASTSource(
         fn=kernel,
         signature=signature,

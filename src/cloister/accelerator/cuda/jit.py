@@ -13,5 +13,14 @@ INTERPRETED: Final = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 def kernel(function: Callable[..., object]) -> Any:
     """Returns `function` as a Triton kernel, compiled at its first launch and cached on disk."""
-    # The tests' shape checker wraps every function of the package; a kernel is compiled from what it wraps.
-    return triton.jit(inspect.unwrap(function))
+    return kernel_varying()(function)
+
+
+def kernel_varying(*names: str) -> Callable[[Callable[..., object]], Any]:
+    """Returns `kernel` for integer parameters that change from launch to launch: one compiled kernel serves all their values."""
+
+    def made(function: Callable[..., object]) -> Any:
+        # The tests' shape checker wraps every function of the package; a kernel is compiled from what it wraps.
+        return triton.jit(inspect.unwrap(function), do_not_specialize=list(names))
+
+    return made

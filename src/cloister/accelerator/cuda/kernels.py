@@ -12,13 +12,14 @@ integer, so no order of summation changes a bit.
 
 Two shapes of work. `decode_product`: up to 16 rows, bound by reading the weights, so the input dimension is split over
 programs to keep every multiprocessor reading, and the last program of a tile adds the parts up. `prefill_product`: many
-rows, bound by the tensor cores, in a persistent grid. Slow twin: `arith.product.modular_product_reference`.
+rows, bound by the tensor cores, in a persistent grid. Here each program cuts its rows itself; `digit_kernels` has the same two
+for rows that were cut before. Slow twin: `arith.product.modular_product_reference`.
 """
 
 import triton.language as tl
 
 from cloister.accelerator.cuda.configurations import DECODE_ROWS
-from cloister.accelerator.cuda.jit import kernel
+from cloister.accelerator.cuda.jit import kernel, kernel_varying
 
 _P: tl.constexpr = tl.constexpr(2**31 - 1)
 _HALF: tl.constexpr = tl.constexpr(2**30 - 1)
@@ -128,7 +129,7 @@ def decode_product(  # type: ignore[no-untyped-def]  # noqa: PLR0913
                 tl.store(target, _centred(summed), mask=kept)
 
 
-@kernel
+@kernel_varying("rows")
 def prefill_product(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     x_ptr,
     w_ptr,

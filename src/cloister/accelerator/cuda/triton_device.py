@@ -36,7 +36,7 @@ class TritonProgram:
         device = runtime.device
         self._words = torch.from_numpy(ring.words)
         self._state = torch.tensor([0, 0, ring.load(ANSWERED), 0], dtype=torch.int32, device=device)
-        self._x = torch.empty(max(weight.d_in for weight in weights) * most_rows, dtype=torch.int32, device=device)
+        self._x = torch.zeros(max(weight.stride for weight in weights) * most_rows, dtype=torch.int32, device=device)
         self._products = Products(device, family_of(runtime.capability), multiprocessors)
         for weight in weights:
             self._products.reserve(weight, most_rows)
@@ -67,14 +67,16 @@ class TritonProgram:
     def _node(self, index: int, weight: ResidentWeight, most_rows: int) -> Action:
         layout = self._ring.layout
         answers = self._words[layout.answers :]
-        fetchers = min(_MOST_FETCHERS, -(-most_rows * weight.d_in // _FETCH_BLOCK))
+        fetchers = min(_MOST_FETCHERS, most_rows * -(-weight.d_in // _FETCH_BLOCK))
+        cut = self._products.takes_digits(weight, most_rows)
+        x = self._x.view(torch.int8) if cut else self._x
 
         def action() -> None:
             await_rows[(fetchers,)](
-                self._words, self._x, self._state, index, weight.d_in,
-                layout.requests, layout.request_words, most_rows, BLOCK=_FETCH_BLOCK,
+                self._words, x, self._state, index, weight.d_in, weight.stride,
+                layout.requests, layout.request_words, most_rows, BLOCK=_FETCH_BLOCK, CUT=cut,
             )  # fmt: skip
-            self._products.decode(weight, self._x, answers, self._state, layout.answer_words, most_rows)
+            self._products.decode(weight, x, answers, self._state, layout.answer_words, most_rows)
             publish[(1,)](self._words, self._state, num_warps=1)
 
         return action
