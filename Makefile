@@ -69,7 +69,7 @@ bench: $(VENV)/.dev ## measure: speed, trusted CPU, fidelity; writes JSON record
 	$(BIN)/cloister bench all
 
 bench-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.dev) ## check and measure on a GPU in ten minutes (GPU_PYTHON: one with CUDA PyTorch)
-	PYTHONPATH=src $(GPU_PYTHON) scripts/bench_gpu.py
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) scripts/bench_gpu.py
 
 bench-smoke: $(VENV)/.dev ## a short run of every benchmark, for CI
 	$(BIN)/cloister bench all --smoke --out build/bench-smoke

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,15 +17,17 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from cloister.accelerator.cuda.configurations import family_of, parse_family
+from cloister.accelerator.cuda.configurations import DecodeConfiguration, family_of, parse_family
 from cloister.accelerator.cuda.products import Products
 from cloister.accelerator.cuda.runtime import InterpreterRuntime
-from cloister.bench.gpu import baselines, checks, end_to_end, kernels, plot, roundtrip, tune
+from cloister.bench.gpu import baselines, checks, confined, end_to_end, kernels, measurer, plot, roundtrip, tune
 from cloister.bench.gpu import run as gpu_run
+from cloister.bench.gpu import tiles as tiles_of
 from cloister.bench.gpu.budget import Budget
 from cloister.bench.gpu.shapes import LLAMA_2_7B, LLAMA_3_8B, LLAMA_70B, MODELS, products
 from cloister.bench.gpu.timing import ClockTimer
 from cloister.bench.record import Record
+from cloister.errors import SettingsError
 
 QUIET = Console(quiet=True)
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,13 +59,15 @@ def test_the_shapes_are_those_of_the_models(spec: object, billions: float) -> No
 
 
 def test_the_kernel_record_covers_decode_and_prefill_and_stops_in_time() -> None:
-    made = kernels.run(True, QUIET, Budget(60))
+    kept: list[Record] = []
+    made = kernels.run(True, QUIET, Budget(60), kept.append)
+    assert [len(one.rows) for one in kept] == [4, 8, 12, 16, 20]  # what is measured is kept at once
     assert {row["product"] for row in made.rows} == {f"smoke {kind}" for kind in products(MODELS["smoke"])}
     for row in made.rows:
         assert row["us"] > 0
         assert ("of copy" in row) == (row["rows"] <= 16)
         assert ("of int8 peak" in row) == (row["rows"] > 16)
-    late = kernels.run(True, QUIET, Budget(0))
+    late = kernels.run(True, QUIET, Budget(0), kept.append)
     assert late.rows == []
     assert "smoke lm_head" in late.facts["skipped: out of time"]
 
@@ -80,7 +85,7 @@ def test_a_wrong_product_is_found_and_stops_the_measurements(tmp_path: Path, mon
     monkeypatch.setattr(checks, "modular_product", wrong)
     monkeypatch.setattr(checks, "check_model", lambda *_: iter(()))
     monkeypatch.setattr(roundtrip, "run", lambda *_: pytest.fail("measured a GPU that is wrong"))
-    assert gpu_run.run(tmp_path, 60, True, "demo", QUIET) == 1
+    assert gpu_run.run(gpu_run.Wanted(tmp_path, 60, smoke=True), QUIET) == 1
     written = json.loads((tmp_path / "gpu-checks-smoke.json").read_text())
     assert "elements differ" in written["facts"]["differences"]
 
@@ -128,9 +133,44 @@ def test_the_plot_stacks_the_parts_of_a_blinded_step(tmp_path: Path) -> None:
     assert plot.draw(record("gpu-end-to-end", []), tmp_path) is None
 
 
-def test_a_child_that_fails_or_comes_too_late_is_named_not_fatal() -> None:
-    assert "failed: " in end_to_end._child("no_such_benchmark", ["smoke"], 60)
-    assert end_to_end._child("baselines", ["bf16", "smoke"], 1) == "out of time"
+def test_a_part_that_fails_loses_nothing_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Record:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(roundtrip, "run", broken)
+    monkeypatch.setattr(kernels, "run", lambda *_: record("gpu-kernels-smoke", []))
+    wanted = gpu_run.Wanted(tmp_path, 60, ("sanitizer", "roundtrip", "kernels"), smoke=True, command="test")
+    assert gpu_run.run(wanted, QUIET) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu-kernels-smoke.json", "gpu-sanitizer-smoke.json"}
+    assert json.loads((tmp_path / "gpu-kernels-smoke.json").read_text())["command"] == "test"
+
+
+def test_an_unknown_part_is_refused_and_the_door_knows_them_all(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no part 'kernel'"):
+        gpu_run.Wanted(tmp_path, parts=("kernel",))
+    door = runpy.run_path(str(ROOT / "scripts" / "bench_gpu.py"))
+    assert door["PARTS"] == gpu_run.PARTS
+
+
+def test_a_confined_worker_is_tried_as_users_start_it() -> None:
+    made = confined.run(smoke=True)
+    assert made.rows == [{"product": "17 rows, socket", "result": "right"}]
+
+
+def test_a_child_that_fails_or_comes_too_late_is_named_not_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, why = end_to_end.child("no_such_benchmark", ["smoke"], 60)
+    assert lines == []
+    assert why.startswith("failed (1): ")
+    assert end_to_end.child("baselines", ["bf16", "smoke"], 1) == ([], "out of time")
+
+
+def test_what_a_child_said_before_its_time_was_up_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\necho '{\"result\": 1}'; echo '{\"resu'; sleep 60\n")
+    slow.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(slow))
+    monkeypatch.setattr(end_to_end, "_LEAST_SECONDS", 0.0)
+    assert end_to_end.child("engine", [], 1.0) == ([{"result": 1}], "not finished within 1 s")
 
 
 @pytest.mark.slow
@@ -190,32 +230,127 @@ def test_without_a_gpu_the_script_says_so_and_writes_nothing(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+FAKE = """
+import json, sys, time
+print(json.dumps({"name": "cuda Fake", "capability": [9, 0], "multiprocessors": 132, "torch": "0", "cache_bytes": 1}), flush=True)
+for line in sys.stdin:
+    request = json.loads(line)
+    tiles = request["tiles"]
+    fate = tiles["block_k"] if request["decode"] else tiles["group_r"]
+    if fate == 256 and tiles["stages"] == 3:
+        time.sleep(600)  # hangs
+    if fate == 256 and tiles["stages"] == 4:
+        sys.exit(1)  # the driver took the process along
+    if fate == 512:
+        answer = {"error": "OutOfResources: shared memory"}
+    else:
+        answer = {"us": tiles["block_n"] + (0 if tiles["cut"] == "before" else -1 if tiles["warps"] == 4 else 1)}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> list[str]:
+    """A measurer whose GPU is a table: some candidates hang, some take the process along, some do not compile."""
+    path = tmp_path / "fake.py"
+    path.write_text(FAKE)
+    return [sys.executable, str(path)]
+
+
+def decode_tile(n: int, k: int, stages: int, cut: str = "before", warps: int = 4) -> DecodeConfiguration:
+    return DecodeConfiguration(
+        block_n=n, block_k=k, warps=warps, stages=stages, per_multiprocessor=1, max_rows=4, split_k=1, cut=cut
+    )
+
+
+def test_tuning_survives_candidates_that_hang_crash_or_do_not_compile_and_keeps_the_fastest(
+    tmp_path: Path, fake: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles = [decode_tile(n, k, stages) for n, k, stages in ((64, 256, 3), (64, 256, 4), (64, 512, 3), (128, 128, 3))]
+    tiles += [decode_tile(256, 128, 3), decode_tile(128, 128, 3, "inside")]
+    shapes = [(8192, 1024), (4096, 4096)]
+    monkeypatch.setattr(tune, "work", lambda smoke: tune.Work(shapes, tiles, tiles_of.prefill_tiles()[:2]))
+    monkeypatch.setattr(tune, "_CHECK_SECONDS", 1.0)
+    monkeypatch.setattr(tune, "_TIME_SECONDS", 1.0)
+    path = tmp_path / "tuned.toml"
+    made = tune.tune(path, 60, False, QUIET, tmp_path, fake)
+    assert parse_family("tuned", path.read_text()) == made
+    for d_out, d_in in shapes:
+        best = made.for_decode(4, d_out, d_in)
+        assert (best.block_n, best.cut) == (128, "inside")
+        assert made.for_prefill(1024, d_out, d_in, 132).d_out == d_out
+    assert made.for_decode(1, 999, 999) == family_of((9, 0)).decode[0]
+    written = json.loads((tmp_path / "gpu-tuning.json").read_text())
+    reasons = " ".join(written["facts"]["failures"].values())
+    for reason in ("no answer within 1 s", "the process ended", "OutOfResources"):
+        assert reason in reasons
+    assert {row["us"] for row in written["rows"]} == {127, 128}
+
+
+def test_what_was_tuned_is_kept_when_the_time_runs_out(
+    tmp_path: Path, fake: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes, written = [(8192, 1024), (4096, 4096)], []
+    monkeypatch.setattr(tune, "work", lambda smoke: tune.Work(shapes, [decode_tile(128, 128, 3)], []))
+    time_one = tune._Tuning.time
+
+    def cut_short(self: object, child: object, shape: tuple[int, int], budget: Budget) -> None:
+        if written:
+            raise KeyboardInterrupt
+        time_one(self, child, shape, budget)  # type: ignore[arg-type]
+        written.append(shape)
+
+    monkeypatch.setattr(tune._Tuning, "time", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune(tmp_path / "tuned.toml", 60, False, QUIET, tmp_path, fake)
+    kept = parse_family("tuned", (tmp_path / "tuned.toml").read_text())
+    assert [(one.d_out, one.d_in) for one in kept.decode if one.d_out] == written == [(8192, 1024)]
+
+
+def test_tuning_without_a_device_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="did not start: the process ended"):
+        tune.tune(tmp_path / "t.toml", 60, False, QUIET, tmp_path, [sys.executable, "-c", "pass"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_candidates_are_few_fit_the_memory_and_are_named_once() -> None:
+    found = tune.work(smoke=False)
+    splits = {
+        dataclasses.replace(one, split_k=split)
+        for one in found.decode
+        for d_out, d_in in found.shapes
+        for split in tiles_of.splits_of(one, d_out, d_in, 132)
+    }
+    assert len(found.shapes) == len(set(found.shapes)) == 14
+    assert len(splits) < 200
+    assert 10 < len(found.prefill) == len(set(found.prefill)) < 50
+    for one in found.decode:
+        for d_out, d_in in found.shapes:
+            assert tiles_of.splits_of(one, d_out, d_in, 132)
+
+
+def test_the_measurer_finds_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = measurer.Measurer(smoke=True)
+    for one in (tiles_of.decode_tiles(4)[0], tiles_of.decode_tiles(16)[-1], tiles_of.prefill_tiles()[0]):
+        request = tune._request(dataclasses.replace(one, block_n=32, block_k=32))
+        assert made.answer(request) == {"us": 0.0}
+        with monkeypatch.context() as patched:
+            patched.setattr(measurer, "modular_product", lambda matrix, x, out: out.fill(1))
+            assert made.answer(request) == {"error": "wrong product"}
+    timed = made.answer(tune._request(decode_tile(32, 32, 3), (64, 96), 4))
+    assert timed["us"] > 0
+    monkeypatch.setattr(made._bench, "agree", lambda *_: False)
+    assert made.answer(tune._request(decode_tile(32, 32, 3), (64, 96), 4)) == {"error": "wrong product"}
+
+
 @pytest.mark.slow
-def test_tuning_writes_a_family_that_wins_for_its_shapes_and_changes_no_bit(tmp_path: Path) -> None:
-    made = tune.tune(tmp_path / "tuned.toml", 60, True, QUIET)
-    read = parse_family("tuned", (tmp_path / "tuned.toml").read_text())
-    assert read == made
+def test_tuning_in_the_interpreter_changes_no_bit(tmp_path: Path) -> None:
+    made = tune.tune(tmp_path / "tuned.toml", 120, True, QUIET, tmp_path)
     d_out, d_in = min((d_out, d_in) for d_out, d_in, _ in products(MODELS["smoke"]).values())
-    assert read.for_decode(1, d_out, d_in) in [
-        dataclasses.replace(one, d_out=d_out, d_in=d_in, max_rows=4) for one in tune.decode_candidates(True)
-    ]
-    assert read.for_decode(1, 999, 999) == family_of((9, 0)).decode[0]
+    assert made.for_decode(4, d_out, d_in).d_out == d_out
     bench = kernels.KernelBench(InterpreterRuntime(), ClockTimer(), 1)
-    tuned = Products(torch.device("cpu"), read, 4)
+    tuned = Products(torch.device("cpu"), made, 4)
     assert all(bench.agree(tuned, d_out, d_in, rows) for rows in (1, 16, 20))
-
-
-def test_a_candidate_that_is_wrong_or_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = kernels.KernelBench(InterpreterRuntime(), ClockTimer(), 1)
-    candidates = [dataclasses.replace(one, d_out=32, d_in=64, max_rows=4) for one in tune.decode_candidates(True)]
-    monkeypatch.setattr(bench, "agree", lambda *_: False)
-    assert tune._best(bench, family_of((9, 0)), candidates, 1, Budget(60)) == []
-
-    def too_large(*_: object) -> bool:
-        raise RuntimeError("out of resources")
-
-    monkeypatch.setattr(bench, "agree", too_large)
-    assert tune._best(bench, family_of((9, 0)), candidates, 1, Budget(60)) == []
 
 
 @pytest.mark.slow
@@ -227,7 +362,8 @@ def test_the_whole_script_runs_at_toy_sizes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     names = {path.stem for path in tmp_path.iterdir()}
     assert names == {
-        f"gpu-{part}-smoke" for part in ("checks", "roundtrip", "kernels", "end-to-end", "where-time-goes")
+        f"gpu-{part}-smoke"
+        for part in ("checks", "roundtrip", "kernels", "end-to-end", "where-time-goes", "confined", "sanitizer")
     }
     whole = json.loads((tmp_path / "gpu-end-to-end-smoke.json").read_text())
     assert whole["facts"]["skipped"] == "nothing"

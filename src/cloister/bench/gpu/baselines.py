@@ -1,4 +1,4 @@
-"""Unprotected models on the GPU, for comparison: `python -m cloister.bench.gpu.baselines KIND MODEL ...` prints one JSON object.
+"""Unprotected models on the GPU, for comparison: `python -m cloister.bench.gpu.baselines KIND MODEL ...` prints JSON lines.
 
 KIND: `transformers` (bfloat16, eager), `bf16` and `int8` (the model below; on a GPU a decode step is one CUDA graph).
 Weights are random in the stated shape. The caches hold random values up to the context: only time is measured.
@@ -192,14 +192,12 @@ def main(arguments: list[str] | None = None) -> int:
     if not smoke and not torch.cuda.is_available():
         raise SettingsError("There is no CUDA device.", remedy="Set TRITON_INTERPRET=1 for a run at toy sizes.")
     device = torch.device("cpu" if smoke else "cuda")
-    results = []
     for batch in options.batches:
         for context in options.contexts:
             figures = measure(options.kind, options.model, batch, context, options.tokens, device)
-            results.append({"batch": batch, "context": context, **figures})
+            print(json.dumps({"result": {"batch": batch, "context": context, **figures}}), flush=True)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    print(json.dumps(results))
     return 0
 
 

@@ -42,6 +42,12 @@ POISON: Final = -(2**31)
 
 SMALL_SHAPES: Final = ((24, 40), (130, 257), (256, 384))
 LARGE_SHAPES: Final = ((4096, 4096), (12288, 4096), (4096, 14336), (1000, 11008))
+SANITIZERS: Final = ("memcheck", "racecheck")
+"""Accesses outside of what was allocated; races between threads in shared memory."""
+
+_LEAST_SECONDS: Final = 20.0
+"""Less is not enough to import PyTorch under the sanitizer."""
+
 ROWS: Final = (1, 3, 4, 5, 16, 17, 64, 512)
 
 PROMPT: Final = "Once upon a time, there was a kind fox named Mia, and she was brave."
@@ -93,12 +99,14 @@ def _logits(model: EnclaveModel, accelerator: Accelerator, tokens: list[int], st
     return [forward.run(tokens), *(forward.run([token]) for token in tokens[:steps])]
 
 
-def sanitizer(seconds: float) -> str:
-    """Returns what compute-sanitizer found in the kernels: clean, its last lines, or why it did not run."""
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
+def sanitizer(tool: str, seconds: float) -> str:
+    """Returns what one tool of compute-sanitizer found in the kernels: clean, its last lines, or why it did not run."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
         return "not run: compute-sanitizer is not installed"
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", __name__, "--kernels-only"]
+    if seconds < _LEAST_SECONDS:
+        return "not run: out of time"
+    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", __name__, "--kernels-only"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
     except subprocess.TimeoutExpired:

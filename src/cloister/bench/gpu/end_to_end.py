@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from typing import Any, Final
 
 from rich.console import Console
@@ -22,6 +24,15 @@ BASELINES: Final = {
 LATENCY_BAR: Final = 1.5
 ENCLAVE_BAR: Final = 10.0
 
+_NOTE: Final = (
+    "Decode; random weights. Blinded: the enclave is a software stand-in on this host's processor, a batch is rows of one "
+    "sequence, and its CPU time contains the wait for the GPU, which it spends watching the ring. 'Kernel' is the sum of "
+    "the products as measured alone, 'link' the rest of the lent time, 'enclave' the rest of the step."
+)
+
+_LEAST_SECONDS: Final = 10.0
+"""With less, no child is started."""
+
 _ENGINE_SECONDS: Final = 150.0
 _ENGINE_SHARE: Final = 0.6
 """Most of a model's time that our engine may take; the rest is for what it is compared with."""
@@ -31,49 +42,62 @@ _MARGIN_SECONDS: Final = 20.0
 """Kept for writing records and the plot."""
 
 
-def run(smoke: bool, console: Console, budget: Budget, kernels: Record | None) -> Record:
-    """Returns the record; what does not fit the budget is named as skipped. `kernels` tells how long the products take."""
+def run(
+    smoke: bool, console: Console, budget: Budget, kernels: Record | None, keep: Callable[[Record], None]
+) -> Record:
+    """Returns the record; `keep` gets it as far as it is, after every child. What does not fit the budget is named as skipped.
+
+    `kernels` tells how long the products take.
+    """
     models = ["smoke"] if smoke else ["llama-3-8b", "llama-2-7b"]
     batches, contexts, tokens = ([1, 16], [16], 2) if smoke else ([1, 16], [128, 2048], 32)
     arguments = [*_list("--batches", batches), *_list("--contexts", contexts), "--tokens", str(tokens)]
-    rows: list[dict[str, Any]] = []
-    facts: dict[str, Any] = device_facts(smoke)
+    device = device_facts(smoke)
+    found: dict[str, list[dict[str, Any]]] = {model: [] for model in models}
     skipped: list[str] = []
+
+    def so_far() -> Record:
+        rows = [{"model": model, **figures} for model in models for figures in found[model]]
+        facts = dict(device)
+        for model in models:
+            facts |= ratios(model, found[model])
+        facts["skipped"] = "; ".join(skipped) or "nothing"
+        return Record(
+            "gpu-end-to-end-smoke" if smoke else "gpu-end-to-end",
+            rows,
+            facts,
+            {"batches": batches, "contexts": contexts, "tokens": tokens, "models": models},
+            _NOTE,
+        )
+
     for index, model in enumerate(models):
-        found: list[dict[str, Any]] = []
         share = Budget((budget.left_seconds - _MARGIN_SECONDS) / (len(models) - index))
-        limit = min(_ENGINE_SECONDS, share.left_seconds * _ENGINE_SHARE)
         console.print(f"{model}: blinded, pads, enclave-only ...")
+        limit = min(_ENGINE_SECONDS, share.left_seconds * _ENGINE_SHARE)
         # What the child does not begin within two thirds of its time it skips; the rest is for what it has begun.
-        engine = _child("engine", [model, *arguments, "--seconds", str(limit * 2 / 3)], limit)
-        if isinstance(engine, str):
-            skipped.append(f"{model}, our engine: {engine}")
-        else:
-            found += with_pads(engine["results"], engine["pads"])
-            skipped += [f"{model}, {what}" for what in engine["skipped"]]
+        lines, why = child("engine", [model, *arguments, "--seconds", str(limit * 2 / 3)], limit)
+        found[model] += of_engine(lines, model, kernels)
+        skipped += [f"{model}, {line['skipped']}" for line in lines if "skipped" in line]
+        skipped += [f"{model}, our engine: {why}"] if why else []
+        keep(so_far())
         for kind in KINDS:
             console.print(f"{model}: {BASELINES[kind]} ...")
-            limit = min(_BASELINE_SECONDS, share.left_seconds)
-            result = _child("baselines", [kind, model, *arguments], limit)
-            if isinstance(result, str):
-                skipped.append(f"{model}, {BASELINES[kind]}: {result}")
-            else:
-                found += [{"variant": BASELINES[kind], **figures} for figures in result]
-        for figures in found:
-            if figures["variant"] == "blinded online":
-                figures |= where_time_goes(figures, model, kernels)
-        facts |= ratios(model, found)
-        rows += [{"model": model, **figures} for figures in found]
-    facts["skipped"] = "; ".join(skipped) or "nothing"
-    return Record(
-        "gpu-end-to-end-smoke" if smoke else "gpu-end-to-end",
-        rows,
-        facts,
-        {"batches": batches, "contexts": contexts, "tokens": tokens, "models": models},
-        "Decode; random weights. Blinded: the enclave is a software stand-in on this host's processor, a batch is rows of one "
-        "sequence, and its CPU time contains the wait for the GPU, which it spends watching the ring. 'Kernel' is the sum of "
-        "the products as measured alone, 'link' the rest of the lent time, 'enclave' the rest of the step.",
-    )
+            lines, why = child("baselines", [kind, model, *arguments], min(_BASELINE_SECONDS, share.left_seconds))
+            found[model] += [{"variant": BASELINES[kind], **line["result"]} for line in lines]
+            skipped += [f"{model}, {BASELINES[kind]}: {why}"] if why else []
+            keep(so_far())
+    return so_far()
+
+
+def of_engine(lines: list[dict[str, Any]], model: str, kernels: Record | None) -> list[dict[str, Any]]:
+    """Returns the figures in the lines of an engine: with pads as well where it got so far, and where the time of a step goes."""
+    results = [line["result"] for line in lines if "result" in line]
+    pads = next((line["pads"] for line in lines if "pads" in line), None)
+    found = with_pads(results, pads) if pads else results
+    for figures in found:
+        if figures["variant"] == "blinded online":
+            figures |= where_time_goes(figures, model, kernels)
+    return found
 
 
 def with_pads(results: list[dict[str, Any]], pads: dict[str, float]) -> list[dict[str, Any]]:
@@ -138,18 +162,24 @@ def ratios(model: str, found: list[dict[str, Any]]) -> dict[str, float]:
     return facts
 
 
-def _child(module: str, arguments: list[str], seconds: float) -> Any:
-    """Returns what a benchmark printed, or a text that says why there is nothing."""
-    if seconds < 10:
-        return "out of time"
+def child(module: str, arguments: list[str], seconds: float) -> tuple[list[dict[str, Any]], str]:
+    """Returns the JSON lines that a benchmark printed, and why there are no more; nothing if it ended well."""
+    if seconds < _LEAST_SECONDS:
+        return [], "out of time"
     command = [sys.executable, "-m", f"cloister.bench.gpu.{module}", *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return f"not finished within {seconds:.0f} s"
-    if done.returncode:
-        return f"failed: {(done.stderr.strip().splitlines() or ['no message'])[-1][:300]}"
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        why = ""
+        try:
+            code = subprocess.run(command, stdout=out, stderr=errors, check=False, timeout=seconds).returncode
+        except subprocess.TimeoutExpired:
+            why = f"not finished within {seconds:.0f} s"
+        else:
+            errors.seek(0)
+            if code:
+                why = f"failed ({code}): {(errors.read().strip().splitlines() or ['no message'])[-1][:300]}"
+        out.seek(0)
+        whole = [line for line in out if line.startswith("{") and line.endswith("}\n")]
+    return [json.loads(line) for line in whole], why
 
 
 def _list(option: str, values: list[int]) -> list[str]:

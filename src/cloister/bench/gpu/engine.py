@@ -1,4 +1,4 @@
-"""Our engine with a GPU as its accelerator: `python -m cloister.bench.gpu.engine MODEL ...` prints one JSON object.
+"""Our engine with a GPU as its accelerator: `python -m cloister.bench.gpu.engine MODEL ...` prints JSON lines.
 
 Weights are random in the stated shape, made once for all variants: blinded (online), the cost of its pads, and the
 enclave alone on this host's processor. A batch is measured as that many rows of one sequence: the linear layers have the
@@ -12,7 +12,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -36,6 +36,9 @@ from cloister.settings import AcceleratorSettings, BlindingSettings, Prefill, Se
 WARM_UP: Final = 3
 PAD_BATCH: Final = 32
 ENCLAVE_STEPS: Final = 4
+
+_LEAST_SECONDS: Final = 5.0
+"""With less left, nothing more is begun."""
 
 
 class EngineBench:
@@ -129,35 +132,35 @@ def _ignore(_result: object) -> None:
     """Turns a call into an action."""
 
 
-def run(model: str, batches: list[int], contexts: list[int], steps: int, seconds: float, smoke: bool) -> dict[str, Any]:
-    """Returns the figures of every variant that fits the time."""
+def run(model: str, batches: list[int], contexts: list[int], steps: int, seconds: float, smoke: bool) -> Iterator[Any]:
+    """Yields the figures of every variant as they are measured, one object each; and what was skipped, for want of time.
+
+    The first is what a token's pads cost. What matters most comes first: the smallest batch and context in every variant.
+    """
     budget = Budget(seconds)
     bench = EngineBench(model, budget)
     link = open_link(smoke)
-    results: list[dict[str, Any]] = []
-    skipped: list[str] = []
-    shapes = [(rows, context) for context in contexts for rows in batches]
     try:
         bench.register(link)
         pads = bench.pads()
-        for rows, context in shapes:
+        yield {"pads": pads}
+        for rows, context in ((rows, context) for rows in batches for context in contexts):
             where = {"batch": rows, "context": context}
-            if not budget.has(5):
-                skipped.append(f"blinded {where}")
-                continue
-            figures = bench.blinded(link, rows, context, steps if rows == 1 else max(2, steps // 2))
-            results.append({"variant": "blinded online", **where, **figures})
+            wanted = steps if rows == 1 else max(2, steps // 4)
+            pad_seconds = pads["pad ms/token"] * rows * (wanted + WARM_UP) / 1e3
+            if budget.has(_LEAST_SECONDS + pad_seconds):
+                yield {"result": {"variant": "blinded online", **where, **bench.blinded(link, rows, context, wanted)}}
+            else:
+                yield {"skipped": f"blinded {where}"}
+            for kind in ("int8", "exact"):
+                if budget.has(_LEAST_SECONDS):
+                    figures = bench.enclave_only(kind, rows, context, min(steps, ENCLAVE_STEPS))
+                    yield {"result": {"variant": f"enclave-only {kind}", **where, **figures}}
+                else:
+                    yield {"skipped": f"enclave-only {kind} {where}"}
+        yield {"products over the ring": link.ring_products}
     finally:
         link.close()
-    for rows, context in shapes:
-        for kind in ("int8", "exact"):
-            where = {"batch": rows, "context": context}
-            if not budget.has(5):
-                skipped.append(f"enclave-only {kind} {where}")
-                continue
-            figures = bench.enclave_only(kind, rows, context, min(steps, ENCLAVE_STEPS))
-            results.append({"variant": f"enclave-only {kind}", **where, **figures})
-    return {"results": results, "pads": pads, "skipped": skipped, "products over the ring": link.ring_products}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -170,7 +173,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=150.0, help="what is not begun by then is skipped")
     options = parser.parse_args(arguments)
     smoke = os.environ.get("TRITON_INTERPRET") == "1"
-    print(json.dumps(run(options.model, options.batches, options.contexts, options.tokens, options.seconds, smoke)))
+    for found in run(options.model, options.batches, options.contexts, options.tokens, options.seconds, smoke):
+        print(json.dumps(found), flush=True)
     return 0
 
 

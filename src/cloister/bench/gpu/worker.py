@@ -21,6 +21,8 @@ def open_link(smoke: bool) -> GpuLink:
 
 def start_worker(variables: dict[str, str], backend: str = "cuda") -> SharedMemoryAccelerator:
     """Returns a client of a new worker process with `variables` in its environment."""
+    places = [str(Path(cloister.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(place for place in places if place)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         process = subprocess.Popen(
@@ -28,6 +30,6 @@ def start_worker(variables: dict[str, str], backend: str = "cuda") -> SharedMemo
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": str(Path(cloister.__file__).parents[1]), **variables},
+            env={**os.environ, "PYTHONPATH": path, **variables},
         )
     return SharedMemoryAccelerator(ours, process, "gpu")
