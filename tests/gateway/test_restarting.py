@@ -110,7 +110,8 @@ def test_one_that_is_killed_is_started_again_and_everything_is_drawn_and_charged
         assert after["budget"] == before["budget"]
         for drawn in ("spans", "pseudonyms"):
             assert after[drawn] == 2 * before[drawn]
-        assert after["repeated"] == before["repeated"]
+        assert (after["repeated"], after["memos"]) == (before["repeated"], 2)
+        assert after["epsilon"]["span"] == 2 * before["epsilon"]["span"]
         assert after["epsilon"]["basic"] == pytest.approx(2 * before["epsilon"]["basic"])
         assert after["reserved"]["epsilon"] > before["reserved"]["epsilon"]  # the dead one's counts as spent
 

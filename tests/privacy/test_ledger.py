@@ -248,6 +248,7 @@ def test_what_a_kill_leaves_reserved_is_spent_for_good(tmp_path: Path) -> None:
                 ledger.charge("s", [entry()])
                 admitted += 1
     assert before.reserved.epsilon > 0
+    assert before.memos == 1  # it was noted before it drew
     assert admitted == (1000 - before.used) // 2
 
 
@@ -414,18 +415,52 @@ def test_gateways_that_share_a_ledger_and_die_never_overspend(
         ledger.close()
 
 
-def test_a_ledger_of_the_version_before_is_taken_over(tmp_path: Path) -> None:
+def test_a_span_costs_as_many_draws_as_there_were_memos(tmp_path: Path) -> None:
+    """Every memo draws once for a span, so a span that is drawn again after a restart costs again."""
+    path = tmp_path / "ledger.db"
+    for memos in range(1, 4):
+        ledger = opened(path, budget=100.0)
+        ledger.charge("s", [], repeated=1)  # draws nothing, as the gateway does that is started and not used
+        assert ledger.report("s").memos == memos - 1
+        for _ in range(3):
+            ledger.charge("s", [entry(2.0)])
+        report = ledger.report("s")
+        assert (report.memos, report.largest, report.of_a_span) == (memos, 2.0, 2.0 * memos)
+        ledger.close()
+    ledger = opened(path, budget=100.0)
+    assert ledger.report("s").memos == 3
+    ledger.open_session("s", 100.0, pure(2.0), "words in place")  # another sanitiser of the same process
+    ledger.charge("s", [entry(2.0)])
+    assert ledger.report("s").memos == 5  # either may have drawn
+    ledger.close()
+
+
+def test_a_memo_is_counted_by_the_prompt_that_draws_first_and_by_no_refused_one(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    ledger = opened(path, budget=3.0)
+    with pytest.raises(BudgetError):
+        ledger.charge("s", [entry(2.0, 2)])
+    assert ledger.report("s").memos == 0
+    ledger.charge("s", [entry(2.0)])
+    report = ledger.report("s")
+    assert (report.memos, report.of_a_span) == (1, 2.0)
+    ledger.close()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_ledger_of_a_version_before_is_taken_over(tmp_path: Path, version: int) -> None:
     path = tmp_path / "ledger.db"
     ledger = opened(path, budget=20.0)
     ledger.charge("s", [entry(2.0, 3)])
     ledger.close()
     old = sqlite3.connect(path, isolation_level=None)
-    for table in ("totals", "reservations", "next_prompt"):
+    for table in ("memos", "totals", "reservations", "next_prompt")[: 4 if version == 1 else 1]:
         old.execute(f"DROP TABLE {table}")
-    old.execute("PRAGMA user_version = 1")
+    old.execute(f"PRAGMA user_version = {version}")
     old.close()
     ledger = opened(path, budget=20.0)
     assert ledger.report("s").used == 6.0
+    assert ledger.report("s").memos == 1
     assert ledger.charge("s", [entry(2.0, 7)]).left == 0.0
     with pytest.raises(BudgetError):
         ledger.charge("s", [entry(0.25)])

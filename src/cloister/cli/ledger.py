@@ -71,7 +71,7 @@ def _sessions(reports: list["SessionReport"]) -> Table:
         table.add_row(
             report.name,
             *(str(count) for count in (report.prompts, report.spans, report.repeated, report.pseudonyms)),
-            f"{report.largest:.4g}",
+            f"{report.of_a_span:.4g}",
             *(
                 f"[bold]{value:.4g}[/bold]" if bound == spent.bound else f"{value:.4g}"
                 for bound, value in (("basic", spent.basic), ("zCDP", spent.zcdp), ("PLD", spent.pld))
@@ -112,6 +112,7 @@ def _meaning(report: "SessionReport") -> list[str]:
 
 def _record(book: "Ledger", report: "SessionReport", last: int) -> dict[str, Any]:
     record = dataclasses.asdict(report)
+    record["of_a_span"] = report.of_a_span
     record["spent"] |= {"epsilon": report.spent.epsilon, "bound": report.spent.bound}
     most = report.at_most
     record["at_most"] = dataclasses.asdict(most) | {"epsilon": most.epsilon, "bound": most.bound}

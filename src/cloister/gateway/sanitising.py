@@ -97,7 +97,8 @@ class PromptGuard:
             "budget": report.budget,
             "filter": {"rule": report.rule, "used": report.used, "most": report.most},
             "epsilon": {
-                "span": report.largest,
+                "draw": report.largest,
+                "span": report.of_a_span,
                 "session": report.spent.epsilon,
                 "bound": report.spent.bound,
                 "basic": report.spent.basic,
@@ -110,6 +111,7 @@ class PromptGuard:
             "spans": report.spans,
             "repeated": report.repeated,
             "pseudonyms": report.pseudonyms,
+            "memos": report.memos,
             "adjacency": ADJACENCY,
             "class_policy": CLASS_POLICY,
             "positions": POSITIONS[str(self._parts.detection.mode)],

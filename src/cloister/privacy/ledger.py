@@ -27,17 +27,12 @@ from pathlib import Path
 from typing import Final, Literal
 
 from cloister.errors import BudgetError, LedgerError
-from cloister.privacy.accounting import (
-    DELTA,
-    Charge,
-    Spent,
-    compose,
-    up,
-)  # fmt: skip
+from cloister.privacy.accounting import DELTA, Charge, Spent, up
 from cloister.privacy.filters import Filter, chosen
 from cloister.privacy.ledger_entries import Entry, PromptReport, Receipt, SessionReport, packed, unpacked
 from cloister.privacy.ledger_file import connected, explained, transaction
-from cloister.privacy.ledger_rows import Prompt, charges_of, reserved_by, used_by, write_prompts
+from cloister.privacy.ledger_reports import prompts_read, session_read
+from cloister.privacy.ledger_rows import Prompt, count_memos, reserved_by, used_by, write_prompts
 from cloister.privacy.mechanism import Cost, DominatingCurve
 from cloister.privacy.reservation import NOTHING, Amount, ahead, amount, limit, units
 
@@ -74,6 +69,8 @@ class _Open:
     pending: list[Prompt] = field(default_factory=list)
     last: float = 0.0
     """When it was last charged, in seconds of a monotonic clock."""
+    memos: int = 0
+    """Memos that were begun here and have drawn nothing so far."""
 
     @property
     def wants(self) -> bool:
@@ -136,7 +133,7 @@ class Ledger:
     def open_session(
         self, name: str, budget: float, per_span: Cost, policy: str, curve: DominatingCurve | None = None
     ) -> None:
-        """Opens or resumes a session.
+        """Opens or resumes a session, with a memo that has drawn nothing so far.
 
         The rule that ends it is fixed here, as a filter must be: the one that admits most draws like `per_span`
         (`privacy.filters`). `curve` dominates every draw of the session's sampler, and stays what it was: the rule counts by it.
@@ -173,6 +170,7 @@ class Ledger:
 
         opened = self._opened(name)
         with self._memory:
+            opened.memos += 1
             opened.each = amount([Charge(per_span)], opened.filter) if per_span.epsilon > 0 else NOTHING
 
     def charge(self, session: str, entries: Sequence[Entry], *, repeated: int = 0, pseudonyms: int = 0) -> Receipt:
@@ -190,6 +188,7 @@ class Ledger:
         spans = sum(entry.charge.count for entry in entries)
         with self._memory:
             usable = bool(self._numbers) and not self._failed and not self._closed
+            usable = usable and not (opened.memos and entries)  # the file has a memo before it draws
             quick = usable and opened.left.covers(wanted)
             if quick:
                 prompt = Prompt(self._numbers.popleft(), self._clock(), spans, repeated, pseudonyms, tuple(entries))
@@ -222,49 +221,21 @@ class Ledger:
         with self._file:
             self.write_down(session)
             with explained(self.path), transaction(self._db, "DEFERRED"):
-                row = self._db.execute(
-                    "SELECT name, budget, delta, rule, most, policy, opened, first, gap, curve FROM sessions WHERE name = ?",
-                    (session,),
-                ).fetchone()
-                if row is None:
-                    raise LedgerError(
-                        f"There is no session {session!r} in {self.path}.", remedy="`cloister ledger` lists them."
-                    )
-                name, budget, delta, rule, most, policy, opened = row[:7]
-                curve = unpacked(*row[7:])
-                counts = self._db.execute(
-                    "SELECT COUNT(*), TOTAL(spans), TOTAL(repeated), TOTAL(pseudonyms) FROM prompts WHERE session = ?",
-                    (name,),
-                ).fetchone()
-                charges = charges_of(self._db, "prompts.session = ?", name)
-                spent_grains, reserved = used_by(self._db, name, Filter(rule, most, curve)), reserved_by(self._db, name)
-        spent = compose([entry.charge for entry in charges], curve, delta)
-        largest = max((entry.charge.cost.epsilon for entry in charges), default=0.0)
-        used = units(spent_grains + reserved.price)
-        return SessionReport(
-            name, budget, delta, rule, used, most, policy, opened, *_four(counts), spent, largest, reserved.cost
-        )
+                read = session_read(self._db, session)
+        if read is None:
+            raise LedgerError(
+                f"There is no session {session!r} in {self.path}.", remedy="`cloister ledger` lists them."
+            )
+        return read.report()
 
     def prompts(self, session: str, last: int = 20) -> list[PromptReport]:
         """Returns the last prompts of a session, oldest first."""
         self._check_process()
-        with self._file, explained(self.path):
+        with self._file:
             self.write_down(session)
-            rows = self._db.execute(
-                "SELECT id, at, spans, repeated, pseudonyms FROM prompts WHERE session = ? ORDER BY id DESC LIMIT ?",
-                (session, last),
-            ).fetchall()
-            packed = self._db.execute("SELECT first, gap, curve FROM sessions WHERE name = ?", (session,)).fetchone()
-            curve = unpacked(*(packed or (None, None, None)))
-            charges = {row[0]: charges_of(self._db, "charges.prompt = ?", row[0]) for row in rows}
-        return [
-            PromptReport(
-                *(int(row[0]), float(row[1]), int(row[2]), int(row[3]), int(row[4])),
-                tuple((e.kind, e.charge.cost.epsilon, e.charge.count) for e in charges[row[0]]),
-                compose([e.charge for e in charges[row[0]]], curve),
-            )
-            for row in reversed(rows)
-        ]
+            with explained(self.path), transaction(self._db, "DEFERRED"):
+                read = prompts_read(self._db, session, last)
+        return [prompt.report() for prompt in read]
 
     def _check_process(self) -> None:
         """Raises `LedgerError` in a forked child."""
@@ -303,6 +274,7 @@ class Ledger:
                     raise LedgerError(f"The ledger {self.path} is closed.", remedy="Open it again.")
                 taken, opened.left = opened.left, NOTHING  # nobody else charges to it meanwhile
                 pending, opened.pending = opened.pending, []
+                memos = opened.memos if prompt.entries else 0
                 number = self._numbers.popleft() if self._numbers else None
             refused: BudgetError | None = None
             left = taken
@@ -319,6 +291,7 @@ class Ledger:
                         left = NOTHING  # another process may need it
                     else:
                         write_prompts(self._db, name, [prompt], opened.filter)
+                        count_memos(self._db, name, memos)
                         used += wanted.price
                         if prompt.entries:
                             left = ahead(free, opened.each)
@@ -334,6 +307,7 @@ class Ledger:
                 self._numbers.extend(numbers)
                 opened.row, opened.held, opened.left = row, left, left
                 opened.known, opened.last = used + left.price, time.monotonic()
+                opened.memos -= memos if refused is None else 0
                 self._failed = False
         if refused is not None:
             raise refused
@@ -442,8 +416,3 @@ def _over(name: str, opened: _Open, used: int, wanted: Amount, reserved: int) ->
         f"{opened.filter.rule}). Nothing was sent.",
         remedy="Begin another session (its secrets are then accounted anew, so what both reveal adds up), or send less.",
     )
-
-
-def _four(counts: Sequence[float]) -> tuple[int, int, int, int]:
-    prompts, spans, repeated, pseudonyms = counts
-    return int(prompts), int(spans), int(repeated), int(pseudonyms)

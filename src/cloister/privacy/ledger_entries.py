@@ -51,10 +51,18 @@ class SessionReport:
     pseudonyms: int
     spent: Spent
     largest: float
-    """The ε of the costliest span."""
+    """The ε of the costliest draw."""
+    memos: int
+    """How many memos drew: each draws once for a span, so a span was drawn as often at most. A gateway that is started anew, or
+    whose enclave is, has a memo of its own."""
     reserved: Cost
     """Sums of ε and ρ that gateways have reserved and not accounted for: part of `used`, not of `spent`. What a gateway that
     was killed had reserved stays here for good: it may have been spent."""
+
+    @property
+    def of_a_span(self) -> float:
+        """The ε of one span at most: of all its draws together."""
+        return min(self.largest * self.memos, self.spent.basic)
 
     @property
     def at_most(self) -> Spent:

@@ -1,7 +1,7 @@
 """The ledger's file: one SQLite database, checked from end to end before it is used, with errors that say what to do.
 
 Covers: a new file readable by its owner only, damage, another program's file, a full disk, a second process that holds it too
-long, files of the version before. Guarantees: a durable transaction is on the disk when it returns, and with it everything
+long, files of the versions before. Guarantees: a durable transaction is on the disk when it returns, and with it everything
 that any process committed before. One that fails has changed nothing.
 Does not cover: what the rows mean; that is `privacy.ledger`.
 """
@@ -16,7 +16,7 @@ from typing import Final
 from cloister.errors import LedgerError
 
 APPLICATION_ID: Final = 0x436C6C67
-VERSION: Final = 2
+VERSION: Final = 3
 BUSY_SECONDS: Final = 10.0
 
 _SCHEMA: Final = """
@@ -48,6 +48,12 @@ CREATE TABLE next_prompt (value INTEGER NOT NULL) STRICT;
 INSERT INTO next_prompt SELECT COALESCE(MAX(id), 0) + 1 FROM prompts
 """
 """What version 2 added: sums, reservations, and numbers of prompts that are given out before their rows are written."""
+
+_THIRD: Final = """
+CREATE TABLE memos (session TEXT PRIMARY KEY REFERENCES sessions(name), count INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+INSERT INTO memos SELECT session, COUNT(*) FROM prompts WHERE spans > 0 GROUP BY session
+"""
+"""What version 3 added: how many memos drew in a session. Of one before, each prompt may have had a memo of its own."""
 
 DAMAGED: Final = (
     "What was spent is unknown, so nothing is sent. Restore a backup that is up to date, or move the file away to begin "
@@ -104,13 +110,14 @@ def _prepare(path: Path, database: sqlite3.Connection, fresh: bool) -> None:
         _run(database, _SCHEMA)
         database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         version = 1
-    elif application != APPLICATION_ID or version not in (1, VERSION):
+    elif application != APPLICATION_ID or version not in (1, 2, VERSION):
         raise LedgerError(
             f"{path} is not a ledger of this version (application {application:#x}, version {version}).",
             remedy="Give another --ledger, or use the release of Cloister that wrote it.",
         )
-    if version == 1:
-        _run(database, _SECOND)
+    for script in ((_SECOND, _THIRD), (_THIRD,), ())[version - 1]:
+        _run(database, script)
+    if version != VERSION:
         database.execute(f"PRAGMA user_version = {VERSION}")
     database.execute("COMMIT")
     database.execute("PRAGMA journal_mode = WAL")

@@ -41,6 +41,21 @@ def write_prompts(database: sqlite3.Connection, name: str, prompts: Sequence[Pro
     database.execute("INSERT OR REPLACE INTO totals VALUES (?, ?)", (name, used))
 
 
+def count_memos(database: sqlite3.Connection, name: str, more: int) -> None:
+    """Notes that `more` memos draw in a session that had drawn nothing there before."""
+    if more:
+        database.execute(
+            "INSERT INTO memos VALUES (?, ?) ON CONFLICT(session) DO UPDATE SET count = count + excluded.count",
+            (name, more),
+        )
+
+
+def memos_of(database: sqlite3.Connection, name: str) -> int:
+    """Returns how many memos have drawn in a session."""
+    row = database.execute("SELECT count FROM memos WHERE session = ?", (name,)).fetchone()
+    return 0 if row is None else int(row[0])
+
+
 def used_by(database: sqlite3.Connection, name: str, counted: Filter) -> int:
     """Returns what the charges that are written down come to, in grains."""
     row = database.execute("SELECT used FROM totals WHERE session = ?", (name,)).fetchone()
