@@ -20,7 +20,7 @@ from cloister.privacy.certificate import (
     hockey_stick,
     log_up,
 )  # fmt: skip
-from cloister.privacy.channel import Channel, quantise, uniform_index
+from cloister.privacy.channel import Channel, quantise
 from cloister.privacy.linear_program import Attack, attack_cap, best_channel, default_cap
 from cloister.privacy.mechanism import Mechanism
 from cloister.privacy.noisy_max import (
@@ -291,11 +291,6 @@ def test_the_edges_of_a_row_belong_to_the_right_candidate() -> None:
     for bits, member, expected in ((0, 0, 1), (1, 0, 2), (2**32 - 1, 0, 2), (2**32 - 1, 1, 1), (0, 2, 2)):
         channel = Channel([table], lambda count, b=bits: b.to_bytes(count, "little"))
         assert channel.draw([0], [member]) == [expected]
-
-
-def test_an_unknown_span_gets_any_index_below_the_count() -> None:
-    assert uniform_index(7, 2, lambda _: b"\x00" * 8 + b"\xff" * 8) == [0, 6]
-    assert set(uniform_index(5, 500)) == set(range(5))
 
 
 def test_the_hockey_stick_curve_is_the_worst_pair(rng: np.random.Generator) -> None:

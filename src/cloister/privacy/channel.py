@@ -91,9 +91,3 @@ class Channel:
 def invert(cumulative: UInt64[np.ndarray, "draws candidates"], bits: UInt64[np.ndarray, "draws"]) -> np.ndarray:
     """Returns how many cumulative weights are not above each draw's 32 bits: the candidate that the bits name."""
     return (cumulative <= bits[:, None]).sum(axis=1)
-
-
-def uniform_index(count: int, draws: int, source: RandomSource = os.urandom) -> list[int]:
-    """Returns indices below `count`, each within 2^-64 · count of uniform and independent of anything secret."""
-    words = np.frombuffer(source(8 * draws), dtype="<u8").tolist()
-    return [(word * count) >> 64 for word in words]

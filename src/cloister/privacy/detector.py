@@ -162,6 +162,8 @@ def _folded(text: str) -> str:
 def _trimmed(text: str, finding: Finding) -> Finding | None:
     """Returns the finding without blanks and punctuation around it, or None if nothing else is in it."""
     piece = text[finding.start : finding.stop]
+    if piece[:1].isalnum() and piece[-1].isalnum():
+        return finding
     body = piece.strip(" \t\r\n,;:")
     lead = piece.find(body) if body else 0
     for opening, closing in ("()", "[]"):

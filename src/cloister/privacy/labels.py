@@ -69,10 +69,10 @@ def settle(findings: list[Finding]) -> list[Finding]:
 
 def _overlapping(findings: list[Finding]) -> Iterator[list[Finding]]:
     """Yields the findings in groups that overlap with no other group, in the order of the text; within one, as they came."""
-    order = sorted(range(len(findings)), key=lambda number: findings[number].start)
+    starts = [finding.start for finding in findings]
     group: list[int] = []
     end = 0
-    for number in order:
+    for number in sorted(range(len(findings)), key=starts.__getitem__):
         finding = findings[number]
         if finding.stop <= finding.start:
             continue

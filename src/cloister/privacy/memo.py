@@ -9,6 +9,7 @@ Does not cover: a restart. It draws anew and the ledger charges anew, since two 
 
 import hmac
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from cloister.privacy.labels import Label
@@ -40,6 +41,11 @@ class Memo:
     def may_hold(self, span: str) -> bool:
         """Returns False only if no such span was ever tagged: a quick look before the HMAC."""
         return hash(normalised(span)) in self._seen
+
+    def may_hold_any(self, words: Collection[str]) -> bool:
+        """Returns False only if none of some words was ever tagged, with or without a possessive ending."""
+        bare = [word[:-2] for word in words if word[-2:-1] in ("'", "’")]
+        return not all(self._seen.isdisjoint(map(hash, map(str.casefold, some))) for some in (words, bare))
 
     def get(self, tag: bytes) -> Remembered | None:
         """Returns what was drawn for a span, if it was."""

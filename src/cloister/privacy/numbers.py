@@ -5,7 +5,8 @@ point, its separators, and whether it is a year. A value is replaced by one of i
 proportional to exp(-|x - y| ε / N), where N is the width of the class.
 Guarantees: ε-local differential privacy between any two numbers of one class, exactly: the widest ratio is that of the two
 ends (Holohan, Antonatos, Braghin, Mac Aonghusa 2018, with the sensitivity of the whole range). Randomness and
-arithmetic are exact (Canonne, Kamath, Steinke 2020, Algorithm 2), so there is no floating-point hole.
+arithmetic are exact: values of the class, all equally likely, are drawn until one is accepted, with its probability (by
+Algorithm 1 of Canonne, Kamath, Steinke 2020). So there is no floating-point hole.
 Does not cover: the time that a draw takes, which depends on the value a little, or the format, which is revealed.
 """
 
@@ -31,6 +32,8 @@ MONTHS: Final = (
 )  # fmt: skip
 _FIRST_DAY: Final = datetime.date(FIRST_YEAR, 1, 1).toordinal()
 _LAST_DAY: Final = datetime.date(LAST_YEAR, 12, 31).toordinal()
+_GROUPED: Final = re.compile(r"\d{1,3}(,\d{3})+(\.\d+)?")
+_PLAIN: Final = re.compile(r"(\d+)(?:([.,])(\d+))?")
 _NUMERIC: Final = re.compile(r"(\d{1,4})([-/.])(\d{1,2})\2(\d{1,4})")
 _DAY_FIRST: Final = re.compile(r"(?:(\d{1,2})(\.? ))?([A-Z][a-z]+)(?: (\d{4}))?")
 _MONTH_FIRST: Final = re.compile(r"([A-Z][a-z]+) (\d{1,2})(st|nd|rd|th)?(?:(,? )(\d{4}))?")
@@ -61,7 +64,7 @@ def cost(epsilon: Fraction) -> Cost:
 
 def read(text: str) -> Valued | None:
     """Returns the value in `text` with the bounds of its class, or None if it is no number and no date."""
-    return _date(text) or _number(text)
+    return _number(text) if text.isdecimal() else _date(text) or _number(text)
 
 
 def bounded_laplace(value: int, low: int, high: int, epsilon: Fraction, below: Below = secrets.randbelow) -> int:
@@ -74,41 +77,34 @@ def bounded_laplace(value: int, low: int, high: int, epsilon: Fraction, below: B
         raise PrivacyError("A number lies outside the bounds of its class, or ε is not positive.")
     if low == high:
         return value
-    scale = Fraction(high - low) / epsilon
-    while True:  # conditioning the untruncated mechanism on the bounds gives the bounded one
-        drawn = value + discrete_laplace(scale, below)
-        if low <= drawn <= high:
+    width, top, bottom = high - low, epsilon.numerator, (high - low) * epsilon.denominator
+    while True:
+        drawn = low + below(width + 1)
+        if _accepted(abs(value - drawn) * top, bottom, below):
             return drawn
 
 
-def discrete_laplace(scale: Fraction, below: Below = secrets.randbelow) -> int:
-    """Returns n with probability proportional to exp(-|n| / scale)."""
-    top, bottom = scale.numerator, scale.denominator
-    while True:
-        remainder = below(top)
-        if not _bernoulli_exp(Fraction(remainder, top), below):
-            continue
-        whole = 0
-        while _bernoulli_exp(Fraction(1), below):
-            whole += 1
-        magnitude = (remainder + top * whole) // bottom
-        negative = below(2) == 1
-        if not (negative and magnitude == 0):
-            return -magnitude if negative else magnitude
+def _accepted(top: int, bottom: int, below: Below) -> bool:
+    """Returns True with probability exp(-top / bottom)."""
+    while top > bottom:
+        if not _bernoulli_exp(1, 1, below):
+            return False
+        top -= bottom
+    return _bernoulli_exp(top, bottom, below)
 
 
-def _bernoulli_exp(gamma: Fraction, below: Below) -> bool:
-    """Returns True with probability exp(-gamma), for gamma between 0 and 1."""
+def _bernoulli_exp(top: int, bottom: int, below: Below) -> bool:
+    """Returns True with probability exp(-top / bottom), for top / bottom between 0 and 1."""
     count = 1
-    while below(gamma.denominator * count) < gamma.numerator:
+    while below(bottom * count) < top:
         count += 1
     return count % 2 == 1
 
 
 def _number(text: str) -> Valued | None:
-    grouped = bool(re.fullmatch(r"\d{1,3}(,\d{3})+(\.\d+)?", text))
+    grouped = "," in text and _GROUPED.fullmatch(text) is not None
     plain = text.replace(",", "") if grouped else text
-    match = re.fullmatch(r"(\d+)(?:([.,])(\d+))?", plain)
+    match = _PLAIN.fullmatch(plain)
     if match is None or not plain.isascii() or len(plain) > MAX_DIGITS:
         return None
     whole, point, part = match.group(1), match.group(2) or "", match.group(3) or ""

@@ -27,14 +27,14 @@ class Randomness:
         if limit < 1:
             raise PrivacyError(f"There is no number below {limit} to draw.")
         bits = (limit - 1).bit_length()
+        size, spare = (bits + 7) >> 3, -bits & 7
         while True:
-            drawn = int.from_bytes(self._take((bits + 7) // 8), "little") >> (-bits % 8)
+            start = self._place
+            self._place = stop = start + size
+            if stop > len(self._bytes):
+                self._bytes = self._source(max(CHUNK_BYTES, size))
+                start, self._place = 0, size
+                stop = size
+            drawn = int.from_bytes(self._bytes[start:stop], "little") >> spare
             if drawn < limit:
                 return drawn
-
-    def _take(self, count: int) -> bytes:
-        if self._place + count > len(self._bytes):
-            self._bytes = self._source(max(CHUNK_BYTES, count))
-            self._place = 0
-        start, self._place = self._place, self._place + count
-        return self._bytes[start : self._place]

@@ -17,9 +17,10 @@ from fractions import Fraction
 
 from cloister.errors import CandidatesError, CertificateError
 from cloister.privacy.candidates import Candidates
-from cloister.privacy.channel import Channel, uniform_index
+from cloister.privacy.channel import Channel
 from cloister.privacy.mechanism import Cost, DominatingCurve, Kind, Mechanism, RandomSource, Replacement, Span
 from cloister.privacy.profile import check_dominates, of_any, work
+from cloister.privacy.randomness import Randomness
 from cloister.privacy.vocabulary import casing
 
 NOTHING = Cost(0.0, 0.0)
@@ -99,10 +100,12 @@ class TableSampler:
 
     def cost(self, span: Span) -> Cost:
         """Returns what a draw for this span will cost, without drawing."""
+        if span.kind is not Kind.PERSON:
+            place = self._find(span)[0]
+            return NOTHING if place is None else self._costs[place[0]]
         total = NOTHING
         for part in _parts(span):
-            found = self._find(part)
-            total += NOTHING if found is None else self._costs[found[0][0]]
+            total += self.cost(part)
         return total
 
     def replace(self, spans: Sequence[Span]) -> list[Replacement]:
@@ -114,14 +117,15 @@ class TableSampler:
         parts = [_parts(span) for span in spans]
         flat = [part for group in parts for part in group]
         found = [self._find(part) for part in flat]
-        places = [one[0] for one in found if one is not None]
+        places = [place for place, _ in found if place is not None]
         drawn = iter(
             self._channel.draw([place[0] for place in places], [place[1] for place in places]) if places else ()
         )
+        below = Randomness(self._source).below
         made = iter(
             [
-                self._unknown(part) if one is None else self._known(part, one[0][0], next(drawn), one[1])
-                for part, one in zip(flat, found, strict=True)
+                self._unknown(part, below) if place is None else self._known(part, place[0], next(drawn), recased)
+                for part, (place, recased) in zip(flat, found, strict=True)
             ]
         )
         return [_joined(span, [next(made) for _ in group]) for span, group in zip(spans, parts, strict=True)]
@@ -153,31 +157,31 @@ class TableSampler:
             result[position] = members[member] if members[member] >= 0 else next(one for one in members if one >= 0)
         return result
 
-    def _find(self, span: Span) -> tuple[Place, Callable[[str], str]] | None:
-        """Returns the place of a span and what gives a replacement the span's casing."""
-        place = self._candidates.find(span.text, span.kind)
+    def _find(self, span: Span) -> tuple[Place | None, bool]:
+        """Returns the place of a span, and whether a replacement is to be given the span's casing."""
+        text, kind, find = span.text, span.kind, self._candidates.find
+        place = find(text, kind)
         if place is not None:
-            return place, str
-        lower = span.text.lower()
-        recase = _recase(span.text)
-        for form in dict.fromkeys((lower, lower[:1].upper() + lower[1:], lower.title(), lower.upper())):
-            place = self._candidates.find(form, span.kind)
+            return place, False
+        lower = text.lower()
+        for form in (lower, lower[:1].upper() + lower[1:], lower.title(), lower.upper()):
+            place = find(form, kind)
             if place is not None:
-                return place, recase
-        return None
+                break
+        return place, True
 
-    def _known(self, span: Span, number: int, member: int, recase: Callable[[str], str]) -> Replacement:
-        text = recase(self._candidates.classes[number].members[member])
-        return Replacement(text, span.kind, (number,), self._costs[number])
+    def _known(self, span: Span, number: int, member: int, recased: bool) -> Replacement:
+        text = self._candidates.classes[number].members[member]
+        return Replacement(_recase(span.text)(text) if recased else text, span.kind, (number,), self._costs[number])
 
-    def _unknown(self, span: Span) -> Replacement:
+    def _unknown(self, span: Span, below: Callable[[int], int]) -> Replacement:
         numbers = self._of_kind.get(span.kind)
         if not numbers:
             raise CandidatesError(
                 f"The candidate file has nothing of the kind {span.kind}.", remedy="Build the candidates again."
             )
-        group = self._candidates.classes[numbers[uniform_index(len(numbers), 1, self._source)[0]]]
-        text = group.members[uniform_index(len(group.members), 1, self._source)[0]]
+        group = self._candidates.classes[numbers[below(len(numbers))]]
+        text = group.members[below(len(group.members))]
         return Replacement(_recase(span.text)(text), span.kind, (UNKNOWN,), NOTHING)
 
 

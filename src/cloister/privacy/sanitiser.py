@@ -11,7 +11,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -26,7 +26,7 @@ from cloister.privacy.mechanism import Cost, Kind, Mechanism, Sampler, Span
 from cloister.privacy.memo import Memo, Remembered
 from cloister.privacy.randomness import Randomness
 from cloister.privacy.restore import Swap
-from cloister.privacy.words import POSSESSIVE, WORD, cased_like, cleaned, is_stop_word
+from cloister.privacy.words import POSSESSIVE, WORD, cased_like, cleaned, is_stop_word, words_of
 
 NOTHING = Cost(0.0, 0.0)
 
@@ -34,18 +34,28 @@ TABLES_SHOWN = 32
 """Digits of the candidates' digest in a policy: 128 bits."""
 
 SEEN_TEXTS = 1024
-"""Texts whose findings are remembered, by a keyed hash: a chat sends its earlier turns again with every request."""
+"""Texts whose findings are remembered, by a keyed hash, as places and keys of the memo: a chat sends its earlier turns again with
+every request."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
-    """A span to be replaced, as it is drawn for: `text` in its normal case."""
+    """A span to be replaced, under the memo's key for it: no text."""
 
     start: int
     stop: int
     label: Label
-    text: str = field(repr=False)
     tag: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fresh:
+    """A span that is drawn for: its text in the form that is drawn for, and what that costs."""
+
+    tag: bytes
+    label: Label
+    text: str = field(repr=False)
+    cost: Cost
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ class Sanitiser:
         self._ledger = ledger
         self._memo = Memo()
         self._key = os.urandom(32)
-        self._seen: dict[bytes, tuple[Finding, ...]] = {}
+        self._seen: dict[bytes, tuple[Piece, ...]] = {}
         self._epsilon = Fraction(str(sampler.epsilon)).limit_denominator(10**6)
         if self._epsilon > sampler.epsilon:
             self._epsilon -= Fraction(1, 10**6)
@@ -99,62 +109,75 @@ class Sanitiser:
         """
         with self._turn:
             plain = [cleaned(text) for text in texts]
-            pieces = self._again(plain, [self._pieces(text) for text in plain])
-            everything = [piece for row in pieces for piece in row]
-            new = {piece.tag: piece for piece in reversed(everything) if self._memo.get(piece.tag) is None}
-            fresh = list(reversed(new.values()))
-            receipt = self._charge(fresh, len({piece.tag for piece in everything}) - len(fresh))
+            rows, kept = self._again(plain, [self._pieces(text) for text in plain])
+            pieces = [(piece, text) for text, row in zip(plain, rows, strict=True) for piece in row]
+            first = {one[0].tag: one for one in reversed(pieces)}
+            fresh = [self._fresh(*one) for tag, one in reversed(first.items()) if self._memo.get(tag) is None]
+            receipt = self._charge(fresh, len(first) - len(fresh))
             self._draw(fresh)
-            made = [self._replaced(text, row) for text, row in zip(plain, pieces, strict=True)]
-        swaps = {(swap.sent, swap.own): swap for _, row, _ in made for swap in row}
-        kept = frozenset(word for _, _, words in made for word in words)
-        counts = Counter(str(piece.label) for piece in {p.tag: p for p in everything}.values())
+            made = [self._replaced(text, row) for text, row in zip(plain, rows, strict=True)]
+        swaps = {(swap.sent, swap.own): swap for _, row in made for swap in row}
+        counts = Counter([str(piece.label) for piece in {piece.tag: piece for piece, _ in pieces}.values()])
         return Sanitised(
-            tuple(text for text, _, _ in made), tuple(swaps.values()), kept, receipt, dict(counts), len(fresh)
+            tuple([text for text, _ in made]), tuple(swaps.values()), kept, receipt, dict(counts), len(fresh)
         )
 
-    def _pieces(self, text: str) -> list[Piece]:
-        return [
-            Piece(found.start, found.stop, found.label, span, self._memo.tag(found.label, span))
-            for found in self._found(text)
-            for span in [self._normal(text[found.start : found.stop], found.label)]
-        ]
-
-    def _found(self, text: str) -> tuple[Finding, ...]:
+    def _pieces(self, text: str) -> tuple[Piece, ...]:
         """Returns what is to be drawn for in `text`; what was found in a text that was seen before is remembered."""
         known = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), key=self._key).digest()
         found = self._seen.pop(known, None)
         if found is None:
-            found = tuple(part for finding in self.detection.find(text) for part in _split(text, finding))
+            parts = [part for finding in self.detection.find(text) for part in _split(text, finding)]
+            found = tuple([self._piece(text, part.start, part.stop, part.label) for part in parts])
         self._seen[known] = found  # the last used is the last
         if len(self._seen) > SEEN_TEXTS:
             del self._seen[next(iter(self._seen))]
         return found
 
-    def _again(self, texts: Sequence[str], found: list[list[Piece]]) -> list[list[Piece]]:
-        """Returns the pieces with those added whose words were found elsewhere, in this request or before it.
+    def _piece(self, text: str, start: int, stop: int, label: Label) -> Piece:
+        return Piece(start, stop, label, self._memo.tag(label, self._normal(text[start:stop], label)))
+
+    def _fresh(self, piece: Piece, text: str) -> _Fresh:
+        normal = self._normal(text[piece.start : piece.stop], piece.label)
+        return _Fresh(piece.tag, piece.label, normal, self._cost(normal, piece.label))
+
+    def _again(
+        self, texts: Sequence[str], found: Sequence[tuple[Piece, ...]]
+    ) -> tuple[list[tuple[Piece, ...]], frozenset[str]]:
+        """Returns the pieces with those added whose words were found elsewhere, in this request or before it; and all other words.
 
         A name that a detector knows by its surroundings once is a secret everywhere; in lower case a name may be another word.
         """
         labels = {piece.tag: piece.label for row in found for piece in row if isinstance(piece.label, Kind)}
-        rows = []
+        rows: list[tuple[Piece, ...]] = []
+        kept: set[str] = set()
         for text, row in zip(texts, found, strict=True):
-            covered = bytearray(len(text))
-            for piece in row:
-                covered[piece.start : piece.stop] = b"\1" * (piece.stop - piece.start)
-            extra = []
-            for match in WORD.finditer(text):
-                start, word = match.start(), match.group()
-                span = POSSESSIVE.sub("", word) if word[-2:-1] in "'’" else word
-                if covered[start] or not self._memo.may_hold(span) or any(covered[start : start + len(span)]):
-                    continue
-                tag = self._memo.tag(Kind.WORD, span)
-                remembered = self._memo.get(tag)
-                label = labels.get(tag) or (remembered.label if remembered else None)
-                if isinstance(label, Kind) and (span[0].isupper() or label is Kind.WORD):
-                    extra.append(Piece(start, start + len(span), label, self._normal(span, label), tag))
-            rows.append(sorted([*row, *extra], key=lambda piece: piece.start))
-        return rows
+            words = _words_between(text, row)
+            if self._memo.may_hold_any(words):
+                extra = self._named_elsewhere(text, row, labels)
+                if extra:
+                    row = tuple(sorted([*row, *extra], key=lambda piece: piece.start))
+                    words = _words_between(text, row)
+            rows.append(row)
+            kept |= words
+        return rows, frozenset(kept)
+
+    def _named_elsewhere(self, text: str, row: Sequence[Piece], labels: Mapping[bytes, Label]) -> list[Piece]:
+        covered = bytearray(len(text))
+        for piece in row:
+            covered[piece.start : piece.stop] = b"\1" * (piece.stop - piece.start)
+        extra = []
+        for match in WORD.finditer(text):
+            start, word = match.start(), match.group()
+            span = POSSESSIVE.sub("", word) if word[-2:-1] in "'’" else word
+            if covered[start] or not self._memo.may_hold(span) or any(covered[start : start + len(span)]):
+                continue
+            tag = self._memo.tag(Kind.WORD, span)
+            remembered = self._memo.get(tag)
+            label = labels.get(tag) or (remembered.label if remembered else None)
+            if isinstance(label, Kind) and (span[0].isupper() or label is Kind.WORD):
+                extra.append(Piece(start, start + len(span), label, tag))
+        return extra
 
     def _normal(self, span: str, label: Label) -> str:
         """Returns the form of a span for which its replacement is drawn: one form for all of its cases.
@@ -169,44 +192,43 @@ class Sanitiser:
             return span.title()
         return " ".join(span.split()) if isinstance(label, Kind) else span
 
-    def _charge(self, fresh: Sequence[Piece], repeated: int) -> Receipt:
+    def _cost(self, text: str, label: Label) -> Cost:
+        if isinstance(label, Kind):
+            return self._sampler.cost(Span(text, label))
+        return numbers.cost(self._epsilon) if isinstance(label, Numeral) else NOTHING
+
+    def _charge(self, fresh: Sequence[_Fresh], repeated: int) -> Receipt:
         entries: Counter[tuple[str, Cost, bool]] = Counter()
         pseudonyms = 0
-        for piece in fresh:
-            cost = self._cost(piece)
-            if isinstance(piece.label, Format):
+        for one in fresh:
+            if isinstance(one.label, Format):
                 pseudonyms += 1
-            elif cost.epsilon > 0:
-                entries[str(piece.label), cost, isinstance(piece.label, Kind)] += 1
+            elif one.cost.epsilon > 0:
+                entries[str(one.label), one.cost, isinstance(one.label, Kind)] += 1
         charged = [Entry(kind, Charge(cost, count, ours)) for (kind, cost, ours), count in entries.items()]
         return self._ledger.charge(self.session, charged, repeated=repeated, pseudonyms=pseudonyms)
 
-    def _cost(self, piece: Piece) -> Cost:
-        if isinstance(piece.label, Kind):
-            return self._sampler.cost(Span(piece.text, piece.label))
-        return numbers.cost(self._epsilon) if isinstance(piece.label, Numeral) else NOTHING
-
-    def _draw(self, fresh: Sequence[Piece]) -> None:
-        sampled = [(piece, Span(piece.text, piece.label)) for piece in fresh if isinstance(piece.label, Kind)]
+    def _draw(self, fresh: Sequence[_Fresh]) -> None:
+        sampled = [(one, Span(one.text, one.label)) for one in fresh if isinstance(one.label, Kind)]
         replacements = self._sampler.replace([span for _, span in sampled]) if sampled else []
-        for (piece, span), replacement in zip(sampled, replacements, strict=True):
-            if replacement.cost.epsilon > self._sampler.cost(span).epsilon * (1 + 1e-12):
+        for (one, _), replacement in zip(sampled, replacements, strict=True):
+            if replacement.cost.epsilon > one.cost.epsilon * (1 + 1e-12):
                 raise PrivacyError("The sampler spent more than it had announced; nothing was sent.")
             if len(replacement.class_ids) != 1:
                 raise PrivacyError("A span was charged as one draw and drawn in several; nothing was sent.")
-            self._memo.put(piece.tag, Remembered(replacement.text, piece.label))
+            self._memo.put(one.tag, Remembered(replacement.text, one.label))
         below = Randomness().below
-        for piece in fresh:
-            if isinstance(piece.label, Format):
-                made = pseudonym(piece.text, piece.label, self._memo.unused, below)
-                self._memo.put(piece.tag, Remembered(made, piece.label))
-            elif isinstance(piece.label, Numeral):
-                drawn = numbers.noisy(piece.text, self._epsilon, below)
+        for one in fresh:
+            if isinstance(one.label, Format):
+                made = pseudonym(one.text, one.label, self._memo.unused, below)
+                self._memo.put(one.tag, Remembered(made, one.label))
+            elif isinstance(one.label, Numeral):
+                drawn = numbers.noisy(one.text, self._epsilon, below)
                 if drawn is None:
                     raise PrivacyError("A value was taken for a number and is none; nothing was sent.")
-                self._memo.put(piece.tag, Remembered(drawn, piece.label))
+                self._memo.put(one.tag, Remembered(drawn, one.label))
 
-    def _replaced(self, text: str, pieces: Sequence[Piece]) -> tuple[str, list[Swap], list[str]]:
+    def _replaced(self, text: str, pieces: Sequence[Piece]) -> tuple[str, list[Swap]]:
         parts: list[str] = []
         swaps: list[Swap] = []
         place = 0
@@ -219,8 +241,13 @@ class Sanitiser:
             parts += [text[place : piece.start], sent]
             swaps.append(Swap(sent, own, piece.label))
             place = piece.stop
-        unchanged = [*parts[0::2], text[place:]]
-        return "".join([*parts, text[place:]]), swaps, [word for part in unchanged for word in WORD.findall(part)]
+        return "".join([*parts, text[place:]]), swaps
+
+
+def _words_between(text: str, pieces: Sequence[Piece]) -> set[str]:
+    """Returns the words of what no piece covers."""
+    starts, stops = [0, *[piece.stop for piece in pieces]], [*[piece.start for piece in pieces], len(text)]
+    return set(words_of("\0".join([text[start:stop] for start, stop in zip(starts, stops, strict=True)])))
 
 
 def _split(text: str, finding: Finding) -> list[Finding]:

@@ -49,6 +49,8 @@ INSTRUCTION_WORDS: Final = _words(
 WORD: Final = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 """A word: letters, with apostrophes inside."""
 
+_ASCII_WORD: Final = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*")
+
 POSSESSIVE: Final = re.compile(r"['’]s$", re.IGNORECASE)
 
 _INVISIBLE: Final = frozenset({"Cf", "Cs", "Co"})
@@ -71,6 +73,12 @@ def _invisible(character: str) -> bool:
     return category in _INVISIBLE or category == "Cc"
 
 
+def words_of(text: str) -> list[str]:
+    """Returns the words of a text, in order, as `WORD` finds them."""
+    found: list[str] = (_ASCII_WORD if text.isascii() else WORD).findall(text)
+    return found
+
+
 def is_stop_word(word: str) -> bool:
     """Returns whether a word is one of the public function words, whatever its case and apostrophe."""
     return word.lower().replace("’", "'") in STOP_WORDS
@@ -78,6 +86,10 @@ def is_stop_word(word: str) -> bool:
 
 def cased_like(word: str, model: str) -> str:
     """Returns `word` in the case of `model`: upper, capitalised, or as it is."""
+    if len(model) > 1 and model.isascii() and model.isalpha():
+        if model.isupper():
+            return word.upper()
+        return word[:1].upper() + word[1:] if model[0].isupper() and word[:1].islower() else word
     letters = [letter for letter in model if letter.isalpha()]
     if len(letters) > 1 and all(letter.isupper() for letter in letters):
         return word.upper()
