@@ -6,16 +6,19 @@ Does not cover: recall. A secret in the mode `detected` that no detector sees is
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from cloister.errors import SettingsError
 from cloister.privacy.labels import Detector, Finding, Format, Label, Numeral, settle
 from cloister.privacy.mechanism import Kind
+from cloister.privacy.models import Presidio
 from cloister.privacy.patterns import Patterns
+from cloister.privacy.prefilter import Digits
 from cloister.privacy.tagger import Tagger
 from cloister.privacy.words import POSSESSIVE, WORD, is_stop_word
 
@@ -104,10 +107,21 @@ class Detection:
 
     def find(self, text: str) -> list[Finding]:
         """Returns what is to be replaced in `text`, in order, without overlap, without blanks at the edges."""
-        found = [finding for detector in self.detectors for finding in detector.find(text)]
+        digits = Digits(text)
+        found: list[Finding] = []
+        for scans, find in self._finders:
+            found += find(digits) if scans else find(text)
         if self.mode is Mode.ALL_CONTENT:
             found += self._content(text)
         return [trimmed for finding in settle(found) if (trimmed := _trimmed(text, finding)) is not None]
+
+    @cached_property
+    def _finders(self) -> list[tuple[bool, Callable[[Any], list[Finding]]]]:
+        """The detectors' ways of finding, and whether they share what is known of a text's digits."""
+        return [
+            (True, detector.find_in) if isinstance(detector, Patterns | Presidio) else (False, detector.find)
+            for detector in self.detectors
+        ]
 
     def _content(self, text: str) -> Iterable[Finding]:
         for match in _RUN.finditer(text):

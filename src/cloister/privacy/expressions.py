@@ -9,8 +9,8 @@ import importlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from cloister.privacy.prefilter import Needs
@@ -20,6 +20,9 @@ MOST_LOOKING: Final = 32
 
 LONG_RUN: Final = 8
 """A run of letters and digits that is longer is worth looking for."""
+
+MOST_LISTS: Final = 64
+"""Lists of marks of which a match has one, at most."""
 
 NOTHING: Final = Needs()
 
@@ -61,7 +64,8 @@ class _Part:
     last: frozenset[str] = frozenset()
     beside: bool = False
     """Whether a letter stands right beside a digit."""
-    marks: Counter[str] = field(default_factory=Counter)
+    marks: tuple[Counter[str], ...] = (Counter(),)
+    """Punctuation marks, each at least so many times: one of these."""
 
     def __add__(self, other: "_Part") -> "_Part":
         return _Part(
@@ -77,7 +81,7 @@ class _Part:
             first=self.first if self.least else self.first | other.first,
             last=other.last if other.least else self.last | other.last,
             beside=self.beside or other.beside or self._meets(other),
-            marks=self.marks + other.marks,
+            marks=_fewest([one + another for one in self.marks for another in other.marks]),
         )
 
     def __or__(self, other: "_Part") -> "_Part":
@@ -94,7 +98,7 @@ class _Part:
             first=self.first | other.first,
             last=self.last | other.last,
             beside=self.beside and other.beside,
-            marks=self.marks & other.marks,
+            marks=_fewest([*self.marks, *other.marks]),
         )
 
     def _meets(self, other: "_Part") -> bool:
@@ -123,7 +127,7 @@ class _Reader:
             digits=part.digits,
             row=part.row,
             beside_letters=part.beside,
-            marks=tuple(sorted(part.marks.items())),
+            marks=tuple([tuple(sorted(marks.items())) for marks in part.marks]),
             run=part.least if part.words and part.solid and part.least > LONG_RUN else 0,
             solid=part.solid,
             least=part.least,
@@ -178,6 +182,24 @@ class _Reader:
         return _EMPTY
 
 
+def _fewest(marks: list[Counter[str]]) -> tuple[Counter[str], ...]:
+    """Returns those of some lists of marks that ask for no more than another one; of too many, what all ask for."""
+    if len(marks) > MOST_LISTS:
+        return (_common(marks),)
+    fewest: list[Counter[str]] = []
+    for one in marks:
+        if not any(less <= one for less in fewest):
+            fewest = [*(more for more in fewest if not one <= more), one]
+    return tuple(fewest)
+
+
+def _common(marks: Sequence[Counter[str]]) -> Counter[str]:
+    common = marks[0]
+    for one in marks:
+        common &= one
+    return common
+
+
 def _repeated(body: _Part, least: int, most: float) -> _Part:
     once = body | _EMPTY if least == 0 else body if least == 1 else body + body
     all_digits = least * body.least if body.pure else None
@@ -189,7 +211,7 @@ def _repeated(body: _Part, least: int, most: float) -> _Part:
         lead=once.lead if all_digits is None else all_digits,
         trail=once.trail if all_digits is None else all_digits,
         row=once.row if all_digits is None else all_digits,
-        marks=Counter({mark: least * count for mark, count in body.marks.items() if least}),
+        marks=once.marks if least < 2 else (Counter({mark: least * n for mark, n in _common(body.marks).items()}),),
     )
 
 
@@ -212,7 +234,7 @@ def _character(items: Any) -> _Part:
         row=int(digit),
         first=kind,
         last=kind,
-        marks=Counter([mark] if mark else []),
+        marks=(Counter([mark] if mark else []),),
     )
 
 

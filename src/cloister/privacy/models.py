@@ -105,7 +105,11 @@ class Presidio:
 
     def find(self, text: str) -> list[Finding]:
         """See `Detector`."""
-        digits = Digits(text)
+        return self.find_in(Digits(text))
+
+    def find_in(self, digits: Digits) -> list[Finding]:
+        """Returns what `find` returns for a text whose digits are known."""
+        text = digits.text
         tried: list[tuple[int, Any, Stretch]] = []
         for expression in worth(self._expressions, digits):
             tried += [(expression.number, expression.recogniser, place) for place in expression.stretches(digits)]

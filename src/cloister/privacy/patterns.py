@@ -89,7 +89,11 @@ class Patterns:
 
     def find(self, text: str) -> list[Finding]:
         """Returns identifiers first, then dates, then numbers, the surest first."""
-        digits = Digits(text)
+        return self.find_in(Digits(text))
+
+    def find_in(self, digits: Digits) -> list[Finding]:
+        """Returns what `find` returns for a text whose digits are known."""
+        text = digits.text
         found = [*_keys(digits), *_emails(digits), *_urls(text)]
         if digits.rows:
             dates = _dates(digits)

@@ -151,8 +151,8 @@ class Needs:
     """Decimal digits in a row, at least."""
     beside_letters: bool = False
     """Whether a letter or underscore stands right beside a digit."""
-    marks: tuple[tuple[str, int], ...] = ()
-    """Punctuation marks, each at least so many times."""
+    marks: tuple[tuple[tuple[str, int], ...], ...] = ((),)
+    """Punctuation marks, each at least so many times: one of these lists."""
     run: int = 0
     """Length of the run of letters, digits and underscores that it lies in, at least; 0: it may hold other characters."""
     solid: bool = False
@@ -187,24 +187,24 @@ class Needs:
 
     def _chunks(self, digits: Digits) -> list[Stretch]:
         text = digits.text
-        found: list[Stretch]
         if self.digits:
             found = [(start, stop) for start, stop, count in digits.chunks if count >= self.digits]
-        elif self.marks:
-            found = digits.chunks_with(self.marks[0][0])
+        elif all(self.marks):
+            found = sorted({place for marks in self.marks for place in digits.chunks_with(marks[0][0])})
         elif self.least >= LONG:
             found = digits.long_chunks
         else:
             return [(0, len(text))]
-        fitting = [(start, stop) for start, stop in found if stop - start >= self.least]
-        for mark, count in self.marks:
-            fitting = [(start, stop) for start, stop in fitting if text.count(mark, start, stop) >= count]
+        fitting = [place for place in found if place[1] - place[0] >= self.least and self._marked(text, *place)]
         if self.run:
             runs = [_RUN.findall(text, start, stop) for start, stop in fitting]
             fitting = [
                 place for place, row in zip(fitting, runs, strict=True) if max(map(len, row), default=0) >= self.run
             ]
         return joined(fitting, self.margin, len(text))
+
+    def _marked(self, text: str, start: int, stop: int) -> bool:
+        return any(all(text.count(mark, start, stop) >= count for mark, count in marks) for marks in self.marks)
 
 
 def worth(table: Iterable[tuple[Thresholds, Entry]], digits: Digits) -> Iterator[Entry]:

@@ -144,7 +144,7 @@ class Sanitiser:
     def _again(
         self, texts: Sequence[str], found: Sequence[tuple[Piece, ...]]
     ) -> tuple[list[tuple[Piece, ...]], frozenset[str]]:
-        """Returns the pieces with those added whose words were found elsewhere, in this request or before it; and all other words.
+        """Returns the pieces with those added whose words were found elsewhere, in this request or before it; all other words.
 
         A name that a detector knows by its surroundings once is a secret everywhere; in lower case a name may be another word.
         """
