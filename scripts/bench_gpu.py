@@ -24,7 +24,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tune", type=Path, metavar="FILE", help="instead: measure tile sizes and write a family file")
     options = parser.parse_args(arguments)
     os.environ["TRITON_INTERPRET"] = "1" if options.smoke else "0"  # before anything imports triton
-    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # no kernel is loaded while another waits for the host
 
     try:
         from rich.console import Console

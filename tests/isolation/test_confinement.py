@@ -274,7 +274,7 @@ def test_a_kernel_that_does_not_know_ports_says_so(
 
     for name in ("harden", "_leave_name_spaces", "_drop_capabilities", "_landlock"):
         monkeypatch.setattr(confinement, name, lambda *_, **__: None)
-    monkeypatch.setattr(confinement.seccomp, "deny", lambda _: None)
+    monkeypatch.setattr(confinement.seccomp, "deny", lambda *_, **__: None)
     monkeypatch.setattr(confinement.landlock, "abi", lambda: version)
     applied = confine(Confinement(connect=ports))
     assert "Landlock" in applied.layers

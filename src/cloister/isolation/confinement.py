@@ -1,6 +1,6 @@
 """What a process may do, and making it so: one record, applied once, before the process has threads.
 
-1. harden: not dumpable, no core file, no new privileges
+1. harden: not dumpable (but the worker of a GPU is), no core file, no new privileges
 2. name spaces: no network of its own, no shared memory of others (skipped inside bubblewrap, which did it)
 3. no capabilities
 4. Landlock: the named files and ports
@@ -35,6 +35,9 @@ SYSTEM_FILES: Final = (
 
 WRITABLE_DEVICES: Final = ("/dev/null",)
 GPU_DEVICES: Final = "nvidia*"
+THREAD_NAMES: Final = "/proc/self/task"
+"""Where NVIDIA's driver names the threads that it starts; it gives up where it cannot."""
+
 GPU_FILES: Final = (
     "/proc/driver/nvidia",
     "/proc/devices",
@@ -58,7 +61,9 @@ class Confinement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     connect: tuple[int, ...] = ()
     """TCP ports that it may connect to; any makes it keep the machine's network, UDP without limits."""
     gpu: bool = False
-    """Whether it may use a GPU. Such a process may start programs of the system (compilers of kernels)."""
+    """Whether it may use a GPU. Such a process may start programs of the system (compilers of kernels), name its threads in /proc
+    (which takes /proc/PID from root: other processes of this user may look into it) and serve on local sockets, to which nobody
+    may connect (the driver opens one when it starts). Only for a process without secrets."""
     inside: bool = False
     """Whether it runs inside bubblewrap."""
 
@@ -98,13 +103,13 @@ def confine(wanted: Confinement) -> Applied:
     Raises:
         IsolationError: a step that every Linux permits was refused.
     """
-    layers, missing = ["no dumps"], []
-    harden()
+    layers, missing = ["no core files" if wanted.gpu else "no dumps"], []
+    harden(dumpable=wanted.gpu)
     if wanted.inside:
         layers.append("bubblewrap")
     else:
         try:
-            _leave_name_spaces(network=bool(wanted.connect))
+            _leave_name_spaces(network=bool(wanted.connect), dumpable=wanted.gpu)
             layers.append("name spaces")
         except OSError as error:
             missing.append(f"name spaces ({error.strerror or error})")
@@ -123,7 +128,7 @@ def confine(wanted: Confinement) -> Applied:
             *(() if wanted.connect else seccomp.NETWORK),
             *(() if wanted.gpu else seccomp.EXECUTE),
         ]
-        seccomp.deny(denied)
+        seccomp.deny(denied, local_server=wanted.gpu)
         layers.append("seccomp")
     except OSError as error:
         raise IsolationError(f"This process cannot be confined: {error}.", remedy="Use Linux 5.13 or newer.") from error
@@ -157,10 +162,11 @@ def _landlock(wanted: Confinement) -> None:
         execute=system if wanted.gpu else [],
         write=write,
         connect=wanted.connect,
+        overwrite=[Path(THREAD_NAMES)] if wanted.gpu else [],
     )
 
 
-def _leave_name_spaces(*, network: bool) -> None:
+def _leave_name_spaces(*, network: bool, dumpable: bool) -> None:
     """Moves this process into name spaces of its own; raises `OSError` where the machine forbids it."""
     uid, gid = os.getuid(), os.getgid()
     spaces = kernel.CLONE_NEWUSER | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS | (0 if network else kernel.CLONE_NEWNET)
@@ -170,7 +176,7 @@ def _leave_name_spaces(*, network: bool) -> None:
         for name, content in (("setgroups", "deny"), ("gid_map", f"{gid} {gid} 1"), ("uid_map", f"{uid} {uid} 1")):
             Path(f"/proc/self/{name}").write_text(content)
     finally:
-        kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+        kernel.prctl(kernel.PR_SET_DUMPABLE, int(dumpable))
 
 
 def _drop_capabilities() -> None:

@@ -46,11 +46,18 @@ def abi() -> int:
         return 0
 
 
-def restrict(read: Iterable[Path], write: Iterable[Path], execute: Iterable[Path], connect: Iterable[int]) -> None:
+def restrict(
+    read: Iterable[Path],
+    write: Iterable[Path],
+    execute: Iterable[Path],
+    connect: Iterable[int],
+    overwrite: Iterable[Path] = (),
+) -> None:
     """Confines the calling thread and everything that starts from it; call it before there are other threads.
 
-    Files below `read` may be read, below `write` also written and made, below `execute` also executed; what is absent is left
-    out. TCP connections go to the ports `connect` alone, where the kernel knows ports (`PORTS_ABI`).
+    Files below `read` may be read, below `write` also written and made, below `execute` also executed, below `overwrite` written
+    but not made or cut short; what is absent is left out. TCP connections go to the ports `connect` alone, where the kernel knows
+    ports (`PORTS_ABI`).
 
     Raises:
         OSError: the kernel refuses.
@@ -68,6 +75,7 @@ def restrict(read: Iterable[Path], write: Iterable[Path], execute: Iterable[Path
             (read, _READ_FILE | _READ_DIR),
             (execute, _READ_FILE | _READ_DIR | _EXECUTE),
             (write, every & ~_EXECUTE),
+            (overwrite, _READ_FILE | _READ_DIR | _WRITE_FILE),
         ):
             for path in paths:
                 _allow(rules, path, rights & every)
