@@ -177,6 +177,38 @@ def test_an_order_for_another_weight_is_refused_by_the_device(rng: np.random.Gen
         served.consumer.close()
 
 
+@pytest.mark.parametrize(("nodes", "steps"), [(1, 128), (3, 43), (129, 2)])
+def test_enough_is_enqueued_however_short_a_step_is(nodes: int, steps: int) -> None:
+    """The host looks after a device only every now and then: a step of two products would be over long before."""
+
+    class Waiting:
+        launched = 0
+
+        def __init__(self) -> None:
+            self.nodes = nodes
+
+        def launch(self, first: int = 0) -> None:
+            self.launched += 1
+
+        def unfinished(self) -> int:
+            return self.launched
+
+        def drain(self) -> None:
+            return None
+
+        def close(self) -> None:
+            return None
+
+    ring, _ = alone()
+    program = Waiting()
+    consumer = Consumer(ring, program, no_failure)
+    deadline = time.monotonic() + SECONDS
+    while program.launched < steps and time.monotonic() < deadline:
+        time.sleep(0.001)
+    consumer.close()
+    assert program.launched == steps
+
+
 def test_a_device_that_fails_says_so() -> None:
     class Broken(Exception):
         pass

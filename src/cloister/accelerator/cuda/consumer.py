@@ -16,13 +16,16 @@ from cloister.accelerator.cuda.device import Program
 from cloister.accelerator.cuda.ring import ANSWERED, REQUESTED, STOP, Ring
 
 AHEAD: Final = 2
-"""Steps that are enqueued and not ended."""
+"""Steps that are enqueued and not ended, at least."""
+
+PRODUCTS_AHEAD: Final = 128
+"""Products that are enqueued and not ended, at least: enough for several looks of the host, however short a step is."""
 
 IDLE_SECONDS: Final = 2.0
 """How long a device waits for an order before it is let go."""
 
 _TICK_SECONDS: Final = 2e-4
-"""How often the host looks whether a step ended; a step takes milliseconds and one more is always enqueued."""
+"""How often the host looks whether a step ended; what is enqueued lasts longer."""
 
 _REST_SECONDS: Final = 1e-3
 """How often the host looks for an order while the device rests."""
@@ -43,6 +46,7 @@ class Consumer:
         self._program = program
         self._on_failure = on_failure
         self._idle_seconds = idle_seconds
+        self._ahead = max(AHEAD, -(-PRODUCTS_AHEAD // program.nodes))
         self._answered = ring.load(ANSWERED)
         self._position = 0
         self._wanted = threading.Event()
@@ -96,7 +100,7 @@ class Consumer:
             program.launch(self._position)
         quiet_since = time.monotonic()
         while self._active() and time.monotonic() - quiet_since < self._idle_seconds:
-            while program.unfinished() < AHEAD:
+            while program.unfinished() < self._ahead:
                 program.launch()
             time.sleep(_TICK_SECONDS)
             if self._advance() or ring.load(REQUESTED) != self._answered:

@@ -33,8 +33,8 @@ _NOTE: Final = (
 _LEAST_SECONDS: Final = 10.0
 """With less, no child is started."""
 
-_ENGINE_SECONDS: Final = 150.0
-_ENGINE_SHARE: Final = 0.6
+_ENGINE_SECONDS: Final = 240.0
+_ENGINE_SHARE: Final = 0.65
 """Most of a model's time that our engine may take; the rest is for what it is compared with."""
 
 _BASELINE_SECONDS: Final = 90.0
