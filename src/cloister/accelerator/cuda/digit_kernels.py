@@ -1,6 +1,6 @@
 """The blinded product of rows that are cut into digits once, before the product, instead of by every program for itself.
 
-`kernels` cuts a row in registers wherever a block of it meets a block of weights: no digit touches memory, and five of six
+`kernels` cuts a row in registers wherever a block of it meets a block of weights: no digit touches memory, and three of four
 instructions of the main loop cut. Here the kernel that brings the rows (`cut_rows`, or `ring_kernels.await_rows`) cuts them, in
 registers as well, and writes the digits: four int8 rows in place of one of int32, the same bytes. Digit l of row r is row
 4 r + l, so four digit rows fill the sixteen rows of a tensor-core instruction where the others leave twelve of them empty.
