@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from cloister.audit import rivals
-from cloister.privacy.noisy_max import exact_epsilon
+from cloister.privacy.noisy_max import exact_epsilon, laplace_table
+from cloister.privacy.published import PublishedNoisyMax
 
 
 def words(rng: np.random.Generator, count: int = 60) -> np.ndarray:
@@ -40,6 +41,18 @@ def test_tem_is_gumbel_noise_with_a_fallback(rng: np.random.Generator) -> None:
         winner = int(np.argmax(np.array(scores) + rng.gumbel(scale=2 / epsilon, size=len(scores))))
         seen[inside[winner] if winner < len(inside) else rng.choice(outside)] += 1
     assert np.abs(seen / draws - table[3]).max() < 6 * math.sqrt(0.25 / draws)
+
+
+def test_cmif_is_laplace_noise_over_all_words(rng: np.random.Generator) -> None:
+    vectors, sensitive, epsilon = words(rng), np.array([3, 40, 17]), 6.0
+    (block,) = rivals.cmif_rival(vectors, sensitive, epsilon).blocks
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = np.rint((unit[sensitive] @ unit.T).astype(np.float64) * 512) / 512
+    assert np.allclose(np.log(block.table), np.log(laplace_table(cosines, 2 * 2 / epsilon)), atol=1e-4)
+    assert block.outputs.tolist() == list(range(60))
+    assert exact_epsilon(block.table) <= epsilon
+    drawn = PublishedNoisyMax(vectors, epsilon, rng.bytes).replace_tokens([40] * 20_000)
+    assert np.abs(np.bincount(drawn, minlength=60) / 20_000 - block.table[1]).max() < 6 * math.sqrt(0.05 / 20_000)
 
 
 def test_custext_groups_are_a_partition_of_twenties(rng: np.random.Generator) -> None:

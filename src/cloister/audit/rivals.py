@@ -1,11 +1,12 @@
-"""The published sanitisers to compare with, re-implemented from their papers: SanText, CusText, RANTEXT, TEM.
+"""The published sanitisers to compare with, re-implemented from their papers: SanText, CusText, RANTEXT, TEM, CMIF.
 
 Covers: each mechanism's exact channel over a vocabulary, as a table, so that exact ε, the best attack and draws follow
 without simulation. Does not cover: their tokenisers, their handling of unknown words and numbers (which in their code leaks,
 see docs/sanitising.md); here every system gets the same words.
 
 Sources: SanText (Yue et al. 2021, arXiv 2106.01221), CusText (Chen et al. 2023, arXiv 2207.01193), RANTEXT (Tong et al.
-2023, arXiv 2310.12214), TEM (Carvalho et al. 2021, arXiv 2107.07928). Nothing is copied from their code.
+2023, arXiv 2310.12214), TEM (Carvalho et al. 2021, arXiv 2107.07928), CMIF (Yu et al. 2025, arXiv 2509.09091). Nothing is
+copied from their code.
 """
 
 import math
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from cloister.privacy.noisy_max import calibrated, exact_epsilon
+from cloister.privacy.published import SENSITIVITY
 
 Vectors = Float32[np.ndarray, "words hidden"]
 Dense = Float32[np.ndarray, "words outputs"]
@@ -27,6 +29,12 @@ TEM_BETA = 0.001
 LARGEST_PARAMETER = 1e6
 RADII = 8
 """Quantiles by which RANTEXT's random radius is represented."""
+COSINES = 1025
+"""Values between -1 and 1 to which cosines are rounded for CMIF's channel over a whole vocabulary."""
+NODES, BEYOND = 512, 40.0
+"""Points in the integral over the noisy maximum, and how far above the highest score it goes, in units of the noise."""
+ROWS = 1024
+"""Rows of a channel that are made together."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +177,41 @@ def rantext_rival(
     """Returns RANTEXT over the sensitive words at its nominal ε: no parameter gives it a finite exact one in general."""
     far = distances(vectors[sensitive])
     return Rival((Block(sensitive, sensitive, rantext(far, vectors[sensitive], epsilon, rng)),))
+
+
+def cmif_rival(vectors: Vectors, sensitive: Int64[np.ndarray, "_"], epsilon: float) -> Rival:
+    """Returns CMIF's noisy maximum over the whole vocabulary for the sensitive words, at its published scale 2Δ/ε with Δ = 2.
+
+    What `privacy.published` draws, for cosines rounded to 1/512. Its exact ε is below the nominal one, which is a bound.
+    """
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    every = np.arange(len(unit))
+    table = np.empty((len(sensitive), len(unit)), dtype=np.float32)
+    for start in range(0, len(sensitive), ROWS):
+        rows = sensitive[start : start + ROWS]
+        table[start : start + ROWS] = noisy_maximum(
+            np.clip(unit[rows] @ unit.T, -1.0, 1.0), 2.0 * SENSITIVITY / epsilon
+        )
+    return Rival((Block(sensitive, every, table),))
+
+
+def noisy_maximum(cosines: Dense, scale: float) -> Dense:
+    """Returns which of many scores in [-1, 1] is the largest with Laplace noise of a scale, for scores rounded to 1/512.
+
+    P[y] = ∫ f(t - u_y) Π_{z≠y} F(t - u_z) dt as in `noisy_max.laplace_table`, where equal scores share their factors.
+    """
+    places = np.rint((cosines + 1.0) * ((COSINES - 1) / 2.0)).astype(np.int64)
+    scores = np.linspace(-1.0, 1.0, COSINES) / scale
+    # The integrand is smooth but for its kinks and vanishes on both sides, where equal steps are exact enough.
+    points = np.linspace(scores[0] - BEYOND / 4.0, scores[-1] + BEYOND, NODES)
+    offset = points[:, None] - scores
+    density = 0.5 * np.exp(-np.abs(offset))
+    below = np.where(offset < 0, density, 1.0 - density)
+    counts = np.stack([np.bincount(row, minlength=COSINES) for row in places]).astype(np.float64)
+    logs = counts @ np.log(below).T
+    weights = np.exp(logs - logs.max(axis=1, keepdims=True)) @ (density / below)
+    table = np.take_along_axis(weights, places, axis=1)
+    return (table / table.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def _softmax(scores: Dense) -> Dense:

@@ -23,7 +23,7 @@ from rich.console import Console
 from cloister.audit.rivals import Rival
 from cloister.bench import text_task as task
 from cloister.bench.record import CHANGED, Record, commit
-from cloister.bench.sanitize_compare import SEED_KEYS, SEEDS, comparisons
+from cloister.bench.sanitize_compare import HIT_KEYS, SEED_KEYS, SEEDS, comparisons
 from cloister.bench.sanitize_setting import MEMBERS, SMALL, Setting, TaskSetting, prepare, sanitised
 from cloister.bench.sanitize_systems import CHANNEL, EVERYWHERE, System, at_attack, large, systems
 from cloister.privacy import build as builder
@@ -39,7 +39,8 @@ CMIF_ACCURACY = 0.8265
 ROWS = 1024
 """Rows of a table that are looked at together."""
 NOTE = (
-    "Accuracy: mean over seeds, on sanitised test text, of a linear classifier trained on clean and on sanitised text. "
+    "Accuracy: mean over seeds, on sanitised test text, of a linear classifier trained on clean and on sanitised text; of two "
+    "texts, cross-validated over all labelled examples. "
     "Attack: how often the best attacker, who knows the channel and how frequent words are in the task's text, names a "
     "replaced word; uniform: the same where all words are equally frequent, beside its ceiling e^ε/(e^ε+K-1)."
 )
@@ -80,6 +81,9 @@ def run(
         own = [row for row in rows if row["task"] == one.task.name]
         facts |= {f"{one.task.name}: {key}": value for key, value in comparisons(own, seeds).items()}
     facts |= latency(setting)
+    for row in rows:
+        for key in HIT_KEYS:
+            del row[key]
     details = {f"{row['task']} {row['mechanism']} {row['ε']:g}": [row.pop(key) for key in SEED_KEYS] for row in rows}
     kept.path.unlink(missing_ok=True)
     return Record("sanitize", rows, facts, settings | {"seeds by task, mechanism and ε": details}, NOTE)
@@ -106,10 +110,9 @@ class Kept:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
-    def row(self, name: str, system: System) -> dict[str, Any] | None:
-        """Returns the row of a task and a mechanism, if it is there."""
-        wanted = (name, system.name, system.epsilon)
-        return next((row for row in self.rows if (row["task"], row["mechanism"], row["ε"]) == wanted), None)
+    def row(self, wanted: dict[str, Any]) -> dict[str, Any] | None:
+        """Returns the row that has these values, if it is there."""
+        return next((row for row in self.rows if wanted.items() <= row.items()), None)
 
     def add(self, row: dict[str, Any]) -> None:
         """Adds a row."""
@@ -129,7 +132,7 @@ def _measure_all(system: System, setting: Setting, seeds: int, kept: Kept, conso
     missing = [
         one
         for place, one in enumerate(setting.tasks)
-        if (place == 0 or system.name in EVERYWHERE) and kept.row(one.task.name, system) is None
+        if (place == 0 or system.name in EVERYWHERE) and kept.row(_key(one, system)) is None
     ]
     if not missing:
         return
@@ -139,10 +142,13 @@ def _measure_all(system: System, setting: Setting, seeds: int, kept: Kept, conso
     exact, members = rival.epsilon, min(len(block.spans) for block in rival.blocks)
     for one in missing:
         started = time.monotonic()
-        row = {"task": one.task.name, "mechanism": system.name, "ε": system.epsilon}
-        kept.add(row | measure(rival, exact, members, one, setting.content, seeds))
+        kept.add(_key(one, system) | measure(rival, exact, members, one, setting.content, seeds))
         level, seconds = kept.rows[-1]["accuracy"], time.monotonic() - started
         console.print(f"  {one.task.name}: accuracy {level:.4f}, {seconds:.1f} s", style="dim")
+
+
+def _key(one: TaskSetting, system: System) -> dict[str, Any]:
+    return {"task": one.task.name, "mechanism": system.name, "ε": system.epsilon}
 
 
 def measure(
@@ -158,29 +164,44 @@ def measure(
         content: Ids of the words that are replaced.
         seeds: How many times to draw.
     """
-    clean_scores, own_scores = [], []
-    for seed in range(seeds):
-        rng = np.random.default_rng(seed)
-        ids = sanitised(one.target_ids, one.target.example, rival, content, rng)
-        target = one.features.of(ids, one.target)
-        clean_scores.append(task.accuracy(one.clean, target, one.target.labels))
-        ids = sanitised(one.part_ids, one.part.example, rival, content, rng)
-        fitted = task.fit(one.features.of(ids, one.part), one.part.labels)
-        own_scores.append(task.accuracy(fitted, target, one.target.labels))
+    hits = np.array([_hits(rival, one, content, np.random.default_rng(seed)) for seed in range(seeds)])
+    scores = hits.mean(axis=2)
     attack, uniform, unchanged = attacks(rival, one.prior)
-    ceiling = math.exp(exact) / (math.exp(exact) + members - 1) if exact < 700 else 1.0
-    return {
+    row: dict[str, Any] = {
         "exact ε": exact,
-        "accuracy": statistics.mean(clean_scores),
-        "± sd": statistics.stdev(clean_scores) if seeds > 1 else 0.0,
-        "trained sanitised": statistics.mean(own_scores),
+        "accuracy": float(scores[:, 0].mean()),
+        "± sd": float(scores[:, 0].std(ddof=1)) if seeds > 1 else 0.0,
+        "trained sanitised": float(scores[:, 1].mean()),
         "attack %": 100 * attack,
         "uniform %": 100 * uniform,
-        "ceiling %": 100 * ceiling,
+        "ceiling %": 100 * ceiling(exact, members),
         "unchanged %": 100 * unchanged,
-        SEED_KEYS[0]: [round(score, 6) for score in clean_scores],
-        SEED_KEYS[1]: [round(score, 6) for score in own_scores],
     }
+    for way, (by_seed, by_example) in enumerate(zip(SEED_KEYS, HIT_KEYS, strict=True)):
+        row[by_seed] = scores[:, way].round(6).tolist()
+        row[by_example] = hits[:, way].sum(axis=0).tolist()
+    return row
+
+
+def _hits(rival: Rival, one: TaskSetting, content: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """Returns which examples of one draw are labelled right, by a classifier of clean text and by one of sanitised text."""
+    labels = one.target.labels
+    target = one.features.of(sanitised(one.target_ids, one.target.example, rival, content, rng), one.target)
+    if not one.folds:
+        ids = sanitised(one.part_ids, one.part.example, rival, content, rng)
+        fitted = task.fit(one.features.of(ids, one.part), one.part.labels)
+        return [task.right(classifier, target, labels) for classifier in (one.clean, fitted)]
+    clean, own = np.zeros(len(labels), dtype=bool), np.zeros(len(labels), dtype=bool)
+    for fold in one.folds:
+        held, rest = fold.held, ~fold.held
+        clean[held] = task.right(fold.clean, target[held], labels[held])
+        own[held] = task.right(task.fit(target[rest], labels[rest]), target[held], labels[held])
+    return [clean, own]
+
+
+def ceiling(epsilon: float, members: int) -> float:
+    """Returns the most that any attacker can reach on equally frequent words of a class: e^ε/(e^ε+K-1)."""
+    return math.exp(epsilon) / (math.exp(epsilon) + members - 1) if epsilon < 700 else 1.0
 
 
 def attacks(rival: Rival, prior: Float64[np.ndarray, "words"]) -> tuple[float, float, float]:
@@ -190,12 +211,13 @@ def attacks(rival: Rival, prior: Float64[np.ndarray, "words"]) -> tuple[float, f
         own = prior[block.spans]
         best, plain = np.zeros(len(block.outputs)), np.zeros(len(block.outputs))
         for start in range(0, len(own), ROWS):
-            rows = slice(start, start + ROWS)
-            np.maximum(best, (own[rows, None] * block.table[rows]).max(axis=0), out=best)
-            np.maximum(plain, block.table[rows].max(axis=0), out=plain)
+            part = slice(start, start + ROWS)
+            np.maximum(best, (own[part, None] * block.table[part]).max(axis=0), out=best)
+            np.maximum(plain, block.table[part].max(axis=0), out=plain)
         attack += float(best.sum())
         uniform += float(plain.sum())
-        kept += float((own * np.diag(block.table)).sum())
+        rows, columns = np.nonzero(block.spans[:, None] == block.outputs)
+        kept += float((own[rows] * block.table[rows, columns]).sum())
     return attack, uniform / sum(len(block.spans) for block in rival.blocks), kept
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from cloister.bench.record import Record
-from cloister.bench.sanitize_systems import CHANNEL, EVERYWHERE
+from cloister.bench.sanitize_systems import CHANNEL, MAIN
 
 COLOURS = ("#0b7a75", "#e07a5f", "#6d6875", "#3d5a80", "#f2a65a", "#98c1d9", "#b5838d", "#293241", "#8d99ae", "#c9ada7")
 LEVELS = {"accuracy": "trained on clean text", "trained sanitised": "trained on sanitised text"}
@@ -42,7 +42,7 @@ def plot(record: Record, folder: Path) -> Path | None:
 
 
 def _against(axes: Any, record: Record, task: str, level: str, column: str) -> None:
-    for name, colour in zip(EVERYWHERE, COLOURS, strict=False):
+    for name, colour in zip(MAIN, COLOURS, strict=False):
         rows = [row for row in record.rows if row["task"] == task and row["mechanism"] == name]
         rows.sort(key=lambda row: row[column])
         style = {"color": colour, "lw": 2.2 if name == CHANNEL else 1.2, "ms": 3}

@@ -6,7 +6,7 @@ A word outside the vocabulary is replaced by a uniform content word, whatever th
 
 import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from rich.console import Console
 from cloister.audit import rivals
 from cloister.audit.rivals import Rival
 from cloister.bench import text_task
-from cloister.bench.sanitize_vectors import read_texts, read_vectors, vocabulary
+from cloister.bench.sanitize_vectors import Vocabulary, read_texts, read_vectors, vocabulary
 from cloister.errors import SettingsError
 from cloister.privacy import build as builder
 from cloister.privacy.mechanism import Kind
@@ -29,6 +29,8 @@ SMALL, MEMBERS = rivals.CUSTEXT_MEMBERS, 64
 TRAINING = 10_000
 """Examples that are sanitised to train on, at most."""
 SPLITS = ("test", "validation")
+FOLDS = 5
+"""Tasks of two texts are small and train in a second: they are cross-validated, so that all examples count."""
 WORDS = 8000
 SMOKE_WORDS, SMOKE_EXAMPLES = 400, 300
 STOP_WORDS = frozenset(
@@ -48,6 +50,16 @@ STOP_WORDS = frozenset(
 
 
 @dataclass(frozen=True)
+class Fold:
+    """A part of the examples to be judged by a classifier of the others."""
+
+    held: np.ndarray
+    """Whether each example is of this part."""
+    clean: Any
+    """The classifier that was trained on the clean text of the others."""
+
+
+@dataclass(frozen=True)
 class TaskSetting:
     """A task in the vocabulary, with the classifier trained on clean text."""
 
@@ -59,9 +71,14 @@ class TaskSetting:
     part: text_task.Corpus
     """What is sanitised to train on: the first examples of the training text."""
     part_ids: np.ndarray
+    train_ids: np.ndarray
+    """The whole training text."""
     target: text_task.Corpus
-    """What is sanitised to be judged: the test split, or the validation split while options are chosen."""
+    """What is sanitised to be judged: the test split, or the validation split while options are chosen. Of two texts, all
+    examples (but those of the test split, while options are chosen)."""
     target_ids: np.ndarray
+    folds: tuple[Fold, ...]
+    """By which the target is cross-validated; empty for tasks of one text."""
     prior: Float64[np.ndarray, "words"]
     """How often each content word is in the training text: what the attacker knows."""
 
@@ -91,7 +108,9 @@ class Setting:
         }
 
 
-def prepare(data: Path, vectors: Path, names: tuple[str, ...], split: str, smoke: bool, console: Console) -> Setting:
+def prepare(
+    data: Path, vectors: Path, names: tuple[str, ...], split: str, smoke: bool, console: Console, words: int = WORDS
+) -> Setting:
     """Returns what all mechanisms share.
 
     Args:
@@ -101,6 +120,7 @@ def prepare(data: Path, vectors: Path, names: tuple[str, ...], split: str, smoke
         split: The split to report on: `test`, or `validation` to choose options.
         smoke: Few words and examples.
         console: Is told the accuracies on clean text.
+        words: The size of the vocabulary, which stop words may enlarge.
 
     Raises:
         SettingsError: a file is absent or of another form.
@@ -109,7 +129,7 @@ def prepare(data: Path, vectors: Path, names: tuple[str, ...], split: str, smoke
         raise SettingsError(f"There is no split {split!r}.", remedy=f"Splits: {', '.join(SPLITS)}.")
     held = [text_task.read(data, name, SMOKE_EXAMPLES if smoke else None) for name in names]
     texts = [sentence for one in held for sentence in _sentences(one.train)] + ([] if smoke else read_texts(data))
-    made = vocabulary(texts, read_vectors(vectors), SMOKE_WORDS if smoke else WORDS, STOP_WORDS)
+    made = vocabulary(texts, read_vectors(vectors), SMOKE_WORDS if smoke else words, STOP_WORDS)
     content = np.array([place for place, word in enumerate(made.words) if word not in STOP_WORDS])
     lengths = np.linalg.norm(made.vectors, axis=1, keepdims=True)
     unit = (made.vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
@@ -118,27 +138,45 @@ def prepare(data: Path, vectors: Path, names: tuple[str, ...], split: str, smoke
     for one in held:
         tasks.append(_task_setting(one, made.words, content, text_task.Features(unit, rarity, one.pair), split))
         console.print(f"{one.name}: {tasks[-1].clean_accuracy:.4f} on clean text")
+    groups = _groups(made, content)
+    return Setting(made.words, made.counts, made.vectors, content, tuple(tasks), groups, 1 if smoke else 0)
+
+
+def limited(setting: Setting, sensitive: Int64[np.ndarray, "_"]) -> Setting:
+    """Returns the setting with other sensitive words, and classes of these words alone."""
+    made = Vocabulary(setting.words, setting.counts, setting.vectors)
+    return replace(setting, content=sensitive, groups=_groups(made, sensitive))
+
+
+def _groups(made: Vocabulary, content: np.ndarray) -> dict[int, tuple[builder.Group, ...]]:
     entries = token_entries(["▁" + made.words[place] for place in content], lexicon())
     entries = [Entry(entry.text, place, Kind.WORD, ("word", *entry.type[2:])) for place, entry in enumerate(entries)]
-    groups = {
+    return {
         members: tuple(builder.classes(entries, made.vectors[content], members, lambda *_: None, made.counts[content]))
         for members in (SMALL, MEMBERS)
     }
-    return Setting(made.words, made.counts, made.vectors, content, tuple(tasks), groups, 1 if smoke else 0)
 
 
 def _task_setting(
     one: text_task.Task, words: tuple[str, ...], content: np.ndarray, features: text_task.Features, split: str
 ) -> TaskSetting:
     target = one.test if split == "test" else one.validation
+    if one.pair:
+        target = text_task.joined([one.train, one.validation, *([one.test] if split == "test" else [])])
     part = first(one.train, TRAINING)
     train_ids, part_ids, target_ids = (text_task.as_ids(source.words, words) for source in (one.train, part, target))
     clean = text_task.fit(features.of(train_ids, one.train), one.train.labels)
     counts = np.bincount(train_ids[train_ids >= 0], minlength=len(words)) + 0.1
     prior = np.zeros(len(words))
     prior[content] = counts[content] / counts[content].sum()
-    level = text_task.accuracy(clean, features.of(target_ids, target), target.labels)
-    return TaskSetting(one, features, clean, level, part, part_ids, target, target_ids, prior)
+    rows = features.of(target_ids, target)
+    right, folds = text_task.right(clean, rows, target.labels), []
+    for part_number in range(FOLDS if one.pair else 0):
+        held = np.arange(len(target.labels)) % FOLDS == part_number
+        folds.append(Fold(held, text_task.fit(rows[~held], target.labels[~held])))
+        right[held] = text_task.right(folds[-1].clean, rows[held], target.labels[held])
+    level = float(right.mean())
+    return TaskSetting(one, features, clean, level, part, part_ids, train_ids, target, target_ids, tuple(folds), prior)
 
 
 def first(source: text_task.Corpus, count: int) -> text_task.Corpus:

@@ -25,7 +25,9 @@ CHANNEL = str(Mechanism.CHANNEL)
 LARGE = f"{CHANNEL} (K = {MEMBERS})"
 MATCHED = f"SanText+ (attack of {CHANNEL})"
 """SanText+ with as large an ε as it takes."""
-EVERYWHERE = (CHANNEL, str(Mechanism.LAPLACE_RNM), "CusText+", "SanText+")
+MAIN = (CHANNEL, str(Mechanism.LAPLACE_RNM), "CusText+", "SanText+")
+"""What is plotted."""
+EVERYWHERE = (*MAIN, str(Mechanism.GUMBEL), str(Mechanism.PERMUTE_AND_FLIP), "TEM", "RANTEXT", LARGE)
 """What every task is measured with; the first task is measured with everything."""
 HALF = 0.5
 """A cap beside the default, where that is larger."""

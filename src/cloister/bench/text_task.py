@@ -82,6 +82,17 @@ def corpus(examples: Iterable[Example]) -> Corpus:
     )
 
 
+def joined(parts: Sequence[Corpus]) -> Corpus:
+    """Returns the examples of several corpora as one."""
+    first = np.cumsum([0, *(len(part.labels) for part in parts)])
+    return Corpus(
+        tuple(word for part in parts for word in part.words),
+        np.concatenate([part.example + start for part, start in zip(parts, first[:-1], strict=True)]),
+        np.concatenate([part.second for part in parts]),
+        np.concatenate([part.labels for part in parts]),
+    )
+
+
 def read(folder: Path, name: str, limit: int | None = None) -> Task:
     """Returns a task from the folder of all tasks, of every split at most `limit` examples.
 
@@ -240,6 +251,6 @@ def fit(rows: Any, labels: Labels) -> Any:
     return LogisticRegression(C=REGULARISATION, max_iter=ROUNDS, tol=1e-3).fit(rows, labels)
 
 
-def accuracy(classifier: Any, rows: Any, labels: Labels) -> float:
-    """Returns the share of examples that are labelled right."""
-    return float(classifier.score(rows, labels))
+def right(classifier: Any, rows: Any, labels: Labels) -> np.ndarray:
+    """Returns whether each example is labelled right."""
+    return classifier.predict(rows) == labels
