@@ -226,8 +226,8 @@ def test_an_enclave_that_hangs_keeps_a_few_waiting_and_refuses_the_others(asked:
             status, body = second.result(30)
             assert (status, "busy for 2 s" in message(body)) == (503, True)
             assert not engine.record
-            health = urllib.request.urlopen(f"{running.url}/health", timeout=10)
-            assert health.status == 200
+            with urllib.request.urlopen(f"{running.url}/health", timeout=10) as health:
+                assert health.status == 200
         finally:
             os.kill(enclave_pid(enclave), signal.SIGCONT)
         assert first.result(30)[0] == 200

@@ -97,8 +97,9 @@ def test_one_that_is_killed_is_started_again_and_everything_is_drawn_and_charged
             running.client.chat.completions.create(**ASK)  # type: ignore[call-overload]
         assert raised.value.response.headers["x-should-retry"] == "true"
         assert int(raised.value.response.headers["retry-after"]) >= 1
-        with pytest.raises(urllib.error.HTTPError, match="503"):
+        with pytest.raises(urllib.error.HTTPError, match="503") as unwell:
             urllib.request.urlopen(f"{running.url}/health")
+        assert json.load(unwell.value)["status"] == "sanitiser unavailable"
         assert not engine.record
         until(lambda: lives(guard))
         assert enclave_pid(guard.enclave) != own

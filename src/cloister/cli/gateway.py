@@ -1,6 +1,7 @@
 """`cloister gateway`: an OpenAI-compatible server on this machine that sanitises what it passes on."""
 
 import asyncio
+import gc
 import ipaddress
 import os
 import socket
@@ -171,6 +172,7 @@ async def _serve(service: "Gateway", app: "Starlette", listener: socket.socket, 
 
     try:
         await service.start()
+        listener.listen()  # whoever reads the address may connect; until the server runs, connections wait
         address = address_of(listener)
         if not quiet:
             described = await service.attestation("")
@@ -182,6 +184,7 @@ async def _serve(service: "Gateway", app: "Starlette", listener: socket.socket, 
             console.print(
                 f"  What was replaced and spent: http://{address}/v1/privacy, `cloister ledger`.", soft_wrap=True
             )
+        gc.freeze()  # going through the libraries' objects again would stop every answer for a moment
         config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", server_header=False)
         await uvicorn.Server(config).serve(sockets=[listener])
     finally:
