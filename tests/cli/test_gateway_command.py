@@ -27,6 +27,7 @@ GATEWAY = ("gateway", "--model", str(demo_model()), "--port", "0", "--detectors"
     ("arguments", "says"),
     [
         (("--engine", "gpu-host"), "http(s)://HOST:PORT"),
+        (("--engine", "http://me:secret@127.0.0.1:9"), "--engine-key-file"),
         (("--engine", "cloister://127.0.0.1:9"), "takes --policy and no --model"),
         (("--engine", "enclave", "--policy", "policy.toml"), "takes no --policy"),
         (("--engine", "http://127.0.0.1:9", "--epsilon", "0"), "--epsilon is '0'"),

@@ -201,6 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, status: int, content: bytes, kind: str = "application/json") -> None:
         self.send_response(status)
         self.send_header("content-type", kind)
+        self.send_header("set-cookie", "marked=by-the-engine; Path=/")
         self.send_header("content-length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)

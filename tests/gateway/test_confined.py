@@ -188,10 +188,16 @@ def test_an_enclave_that_dies_sends_nothing(asked: Asked, begin: Begin) -> None:
         thread = threading.Thread(target=lambda: outcome.append(post(running, {**EVERYTHING, "max_tokens": 20})))
         thread.start()
         time.sleep(0.5)
+        enclave._log.write(
+            b"KeyError: 'Zorblax Quandry'\n"
+        )  # as a fault in a library might, of another client's prompt
+        enclave._log.flush()
         os.kill(own, signal.SIGKILL)
         thread.join(30)
         status, body = outcome[0]
         assert status == 503
+        assert "): KeyError" in message(body)
+        assert "Zorblax" not in message(body)
         assert "sanitising enclave is gone" in message(body)
         assert "Start this program again" in message(body)
         assert post(running, {**EVERYTHING, "max_tokens": 20})[0] == 503

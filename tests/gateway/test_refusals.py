@@ -83,6 +83,11 @@ WITH_TOOLS = {
 }  # fmt: skip
 
 
+DEEP: list[object] = ["string"]
+for _ in range(200):
+    DEEP = [DEEP]
+
+
 def post(
     running: Running, body: object, path: str = "/v1/chat/completions", **headers: str
 ) -> tuple[int, dict[str, object]]:
@@ -218,6 +223,14 @@ def test_an_engine_that_is_down() -> None:
             },
             "no count",
         ),
+        (
+            {
+                "messages": [{"role": "user", "content": "x"}],
+                "tools": [{"function": {"name": "pay", "parameters": {"type": DEEP}}}],
+            },
+            "nested more than",
+        ),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "not JSON"),
     ],
 )
 def test_a_request_that_cannot_be_served(start: Start, body: object, says: str) -> None:
@@ -231,10 +244,40 @@ def test_a_request_that_cannot_be_served(start: Start, body: object, says: str) 
 def test_an_over_long_prompt_is_refused_before_it_is_sent(start: Start) -> None:
     running = start(Transport.TOKENS)
     assert running.engine is not None
-    status, answer = post(running, {"messages": [{"role": "user", "content": "bluebird and the fox. " * 300}]})
+    status, answer = post(running, {"messages": [{"role": "user", "content": "bluebird and the fox. " * 40}]})
     assert status == 400
     assert "the context is 256" in message(answer)
     assert not running.engine.record
+
+
+def test_a_prompt_that_is_far_too_long_is_not_even_charged(start: Start) -> None:
+    running = start(Transport.TOKENS)  # the model's context is 512 there
+    assert running.engine is not None
+    status, answer = post(running, {"messages": [{"role": "user", "content": "bluebird and the fox. " * 300}]})
+    assert (status, "Nothing was charged" in message(answer)) == (400, True)
+    assert not running.engine.record
+    with urllib.request.urlopen(f"{running.url}/v1/privacy") as report:
+        assert json.load(report)["prompts"] == 0
+
+
+def test_nothing_goes_to_proxies_and_no_cookie_comes_back(
+    start: Start, engine: StubEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.delenv("no_proxy", raising=False)
+        running = start()
+        for name in ("HTTP_PROXY", "ALL_PROXY", "http_proxy", "all_proxy"):
+            monkeypatch.delenv(name)  # the test's own client asks too
+        for session in ("one", "two"):
+            assert post(running, EVERYTHING, **{"x-cloister-session": session})[0] == 200
+        proxy.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
+    assert b"cookie" not in bytes(engine.record).lower()
+    assert len(engine.record) > 500
 
 
 def test_tools_need_an_engine_that_makes_the_prompt(start: Start) -> None:

@@ -196,6 +196,10 @@ def _check_engine(address: str, timeout: float) -> None:
         raise SettingsError(
             f"--engine is {address!r}.", remedy="Give http(s)://HOST:PORT, cloister://HOST:PORT or enclave."
         )
+    if "@" in address:
+        raise SettingsError(
+            "--engine holds a user name or password, which /health would show.", remedy="Use --engine-key-file."
+        )
     if not 0 < timeout <= 3600:
         raise SettingsError(f"--timeout is {timeout}.", remedy="Allowed: above 0, up to 3600 seconds.")
 

@@ -4,12 +4,20 @@ Covers: wrong types and missing fields in an engine's events. Does not cover: ev
 """
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Final
 
 import msgspec
 
 from cloister.errors import EngineProtocolError
 from cloister.server.schema import MAX_CHOICES, Delta, Function, ToolCall, Usage
+
+MAX_CALLS: Final = 256
+MAX_ARGUMENTS: Final = 2**22
+"""Longest arguments of a tool call, in characters."""
+
+_Tokens = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+_Reason = Annotated[str, msgspec.Meta(max_length=64)]
 
 
 class _Function(msgspec.Struct, frozen=True):
@@ -33,18 +41,39 @@ class _Choice(msgspec.Struct, frozen=True):
     text: str | None = None
     delta: _Piece | None = None
     message: _Piece | None = None
-    finish_reason: str | None = None
+    finish_reason: _Reason | None = None
     logprobs: dict[str, Any] | None = None
 
 
 class _Usage(msgspec.Struct, frozen=True):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: _Tokens = 0
+    completion_tokens: _Tokens = 0
 
 
 class _Event(msgspec.Struct, frozen=True):
     choices: list[_Choice] = []
     usage: _Usage | None = None
+
+
+@dataclass
+class _Gathered:
+    """A tool call whose pieces come one by one."""
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: list[str] = field(default_factory=list)
+    length: int = 0
+
+    def add(self, piece: _Call) -> None:
+        self.id = piece.id or self.id
+        if piece.function is not None:
+            self.name = piece.function.name or self.name
+            self.arguments.append(piece.function.arguments or "")
+            self.length += len(self.arguments[-1])
+
+    def call(self) -> ToolCall:
+        return ToolCall(id=self.id, function=Function(self.name, "".join(self.arguments)), index=self.index)
 
 
 class StreamReader:
@@ -54,7 +83,7 @@ class StreamReader:
         """Expects `choices` answers; `as_chat` gives log-probabilities of a completion in the form of a chat's."""
         self._choices = choices
         self._as_chat = as_chat
-        self._calls: dict[int, dict[int, ToolCall]] = {}
+        self._calls: dict[int, dict[int, _Gathered]] = {}
         self._finished: set[int] = set()
 
     def read(self, raw: Mapping[str, Any]) -> list[Delta]:
@@ -86,7 +115,7 @@ class StreamReader:
             self._collect(choice.index, piece.tool_calls)
         if choice.finish_reason is not None:
             self._finished.add(choice.index)
-            calls = tuple(self._calls.pop(choice.index, {}).values())
+            calls = tuple(gathered.call() for gathered in self._calls.pop(choice.index, {}).values())
         text = choice.text if piece is None else piece.content
         logprobs = choice.logprobs
         if logprobs is not None and self._as_chat and "tokens" in logprobs:
@@ -99,14 +128,9 @@ class StreamReader:
         calls = self._calls.setdefault(choice, {})
         for place, piece in enumerate(pieces):
             index = place if piece.index is None else piece.index
-            before = calls.get(index)
-            name = (piece.function.name if piece.function else None) or (before.function.name if before else "")
-            arguments = (before.function.arguments if before else "") + (
-                (piece.function and piece.function.arguments) or ""
-            )
-            identifier = piece.id or (before.id if before else "")
-            calls[index] = ToolCall(id=identifier, function=Function(name, arguments), index=index)
-            if len(calls) > 256 or len(arguments) > 2**22:
+            gathered = calls.setdefault(index, _Gathered(index))
+            gathered.add(piece)
+            if len(calls) > MAX_CALLS or gathered.length > MAX_ARGUMENTS:
                 raise _odd("its tool calls have no end")
 
 

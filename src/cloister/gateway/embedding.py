@@ -24,6 +24,9 @@ PUBLIC_TEXTS: Final = (
 )
 """What is sent to compare tokenizers and tables; it says nothing about the user."""
 
+MOST_LONGER: Final = 1.25
+"""A prompt longer than the context by this factor is refused before it is charged; sanitising changes lengths a little."""
+
 MAX_FILE_BYTES: Final = MAX_ANSWER_BYTES // 2
 """Longest file of embeddings."""
 
@@ -44,9 +47,20 @@ class PromptMaker:
         return {"rows": int(self._shown.sum()), "of": len(self._shown)}
 
     def check(self, request: EngineRequest) -> None:
-        """Raises `RequestError` if no prompt could be made of a request, whatever its texts are."""
-        if request.chat and self._transport in (Transport.EMBEDS, Transport.TOKENS):
+        """Raises `RequestError` if no prompt could be made of a request that is not sanitised yet, or one far too long."""
+        if self._transport is Transport.TEXT:
+            return  # the engine makes the prompt, of whatever model
+        texts = [str(message.get("content") or "") for message in request.messages] or [request.text]
+        if request.chat and self._transport is not Transport.MIXED:
             _turns(request)
+        if sum(map(len, texts)) <= self._context:
+            return  # there are hardly more tokens than characters
+        tokens = sum(len(self._layer.tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+        if tokens > MOST_LONGER * self._context:
+            raise RequestError(
+                f"The prompt takes about {tokens} tokens; the model's context is {self._context}.",
+                remedy="Send less. Nothing was charged.",
+            )
 
     def made(self, request: EngineRequest) -> EngineRequest:
         """Returns a sanitised request with its prompt: tokens, embeddings, or embeddings in each turn of a chat.

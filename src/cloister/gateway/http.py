@@ -1,13 +1,15 @@
 """A strict client of an engine's HTTP interface: limits on everything that comes back, one kind of error for each failure.
 
 Covers: an engine that is down, slow, cuts the connection, answers with an error page, sends lines or answers without end,
-sends other encodings, redirects elsewhere. Guarantees: nothing is sent to another address than the one configured, and
-nothing twice. Does not cover: whether the engine's words are true.
+sends other encodings, redirects elsewhere, sets cookies. Guarantees: nothing is sent to another address than the one configured,
+whatever proxies the environment names, and nothing twice.
+Does not cover: whether the engine's words are true.
 """
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import TracebackType
 from typing import Any, Final
 
@@ -19,6 +21,11 @@ from cloister.errors import EngineProtocolError, EngineUnreachableError, Request
 MAX_ANSWER_BYTES: Final = 256 * 2**20
 MAX_LINE_BYTES: Final = 4 * 2**20
 MAX_PAGE_BYTES: Final = 4 * 2**20
+"""Longest error page, or list of models."""
+MAX_WHOLE_BYTES: Final = 64 * 2**20
+"""Longest answer in one piece: sixteen choices with their log-probabilities."""
+IDLE_SECONDS: Final = 4.0
+"""How long an idle connection is kept: less than the five seconds after which uvicorn, and so vLLM, closes it."""
 CONNECT_SECONDS: Final = 10.0
 SHOWN_CHARACTERS: Final = 300
 DRAIN_SECONDS: Final = 0.05
@@ -35,7 +42,11 @@ class EngineClient:
             base_url=self.address,
             headers=headers,
             timeout=httpx2.Timeout(timeout_seconds, connect=min(CONNECT_SECONDS, timeout_seconds)),
+            limits=httpx2.Limits(keepalive_expiry=IDLE_SECONDS),
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # an engine's marks would join sessions
             follow_redirects=False,
+            trust_env=False,
+            verify=httpx2.create_ssl_context(),
         )
 
     async def get(self, path: str) -> dict[str, Any]:
@@ -69,7 +80,7 @@ class EngineClient:
                         await _drain(lines)
                         return
                     event = self._decoded(data)
-                    if "error" in event:
+                    if event.get("error") is not None:
                         raise self._failed(event["error"])
                     yield event
         raise EngineUnreachableError(
@@ -104,7 +115,7 @@ class EngineClient:
                 method, path, content=content, headers=_JSON if body is not None else None
             ) as response:
                 await self._check(response)
-                return self._decoded(await self._page(response))
+                return self._decoded(await self._page(response, MAX_WHOLE_BYTES))
 
     async def _check(self, response: httpx2.Response) -> None:
         if response.status_code == 200:
@@ -127,26 +138,28 @@ class EngineClient:
             remedy="Is this the address of an OpenAI-compatible server, and is it well?",
         )
 
-    async def _page(self, response: httpx2.Response) -> bytes:
+    async def _page(self, response: httpx2.Response, most: int = MAX_PAGE_BYTES) -> bytes:
         pieces: list[bytes] = []
         length = 0
         async for piece in response.aiter_raw():
             length += len(piece)
-            if length > MAX_PAGE_BYTES:
-                raise self._odd(f"it is longer than {MAX_PAGE_BYTES} bytes")
+            if length > most:
+                raise self._odd(f"it is longer than {most} bytes")
             pieces.append(piece)
         return b"".join(pieces)
 
     async def _lines(self, response: httpx2.Response) -> AsyncIterator[bytes]:
-        rest = b""
+        begun = bytearray()  # of a line: joined once, however small its pieces
         total = 0
         async for piece in response.aiter_raw():
             total += len(piece)
-            *lines, rest = (rest + piece).split(b"\n")
-            if len(rest) > MAX_LINE_BYTES or total > MAX_ANSWER_BYTES:
-                raise self._odd("it has no end")
+            *lines, rest = piece.split(b"\n")
             for line in lines:
-                yield line.rstrip(b"\r")
+                yield bytes(begun + line).rstrip(b"\r")
+                begun.clear()
+            begun += rest
+            if len(begun) > MAX_LINE_BYTES or total > MAX_ANSWER_BYTES:
+                raise self._odd("it has no end")
 
     def _decoded(self, data: bytes) -> dict[str, Any]:
         try:

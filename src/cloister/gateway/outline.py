@@ -213,7 +213,7 @@ def _schema(schema: Any, change: Change, check_name: CheckName, depth: int) -> A
                 _named(name, check_name): _schema(inner, change, check_name, depth + 1) for name, inner in value.items()
             }
         elif key in STRUCTURE:
-            made[key] = _grammar(value, check_name)
+            made[key] = _grammar(value, check_name, depth + 1)
         elif key in COUNTS:
             made[key] = _count(key, value)
         elif key in VALUES:
@@ -258,9 +258,10 @@ def _ordered(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-def _grammar(value: Any, check_name: CheckName) -> Any:
+def _grammar(value: Any, check_name: CheckName, depth: int) -> Any:
+    _check_depth(depth)
     if isinstance(value, list):
-        return [_grammar(item, check_name) for item in value]
+        return [_grammar(item, check_name, depth + 1) for item in value]
     if isinstance(value, str):
         return value if value in GRAMMAR else _named(value, check_name)
     raise RequestError("A JSON schema's grammar holds something else than text.")

@@ -271,11 +271,12 @@ async def _inside(
 
 
 def _restored_call(call: ToolCall, reverse: ReverseMap) -> ToolCall:
-    arguments = (
-        change_json(call.function.arguments, lambda text: restore(text, reverse))
-        if reverse
-        else call.function.arguments
-    )
+    arguments = call.function.arguments
+    if reverse:
+        try:
+            arguments = change_json(arguments, lambda text: restore(text, reverse))
+        except RequestError:  # nested deeper than what is read as JSON here
+            arguments = restore(arguments, reverse)
     return ToolCall(id=call.id, function=type(call.function)(call.function.name, arguments), index=call.index)
 
 

@@ -54,9 +54,11 @@ class SanitisingEnclave:
                 self._log: IO[bytes] = failed.enter_context(log)
                 ways = [failed.enter_context(closing(end)) for end in self._start(asked, link)]
                 failed.pop_all()  # from here on, `close` ends all of it
+            self._opened = False
             self.prompts, self.reports = (Asker(way, self._why_lost) for way in ways)
             try:
                 self.ready = self.prompts.ask(asked, Ready, _OPENING_SECONDS)
+                self._opened = True
             except BaseException:
                 self.close()
                 raise
@@ -136,7 +138,10 @@ class SanitisingEnclave:
         self.close()
 
     def _why_lost(self) -> str:
-        """Returns what became of the process: its exit code and the last line that it wrote."""
+        """Returns what became of the process: its exit code and the last line that it wrote.
+
+        Of an enclave that has seen prompts, only the kind of error: the line may quote one, and others read this.
+        """
         if self._log.closed:
             return "it was closed"
         try:
@@ -148,7 +153,11 @@ class SanitisingEnclave:
             lines = self._log.read()[-4000:].decode("utf-8", "replace").strip().splitlines()
         except ValueError:  # closed meanwhile
             return "it was closed"
-        return f"the process ended (exit code {code}): {lines[-1][:200] if lines else 'it wrote nothing'}"
+        said = lines[-1][:200] if lines else "it wrote nothing"
+        if self._opened and lines:
+            kind = said.partition(":")[0]
+            said = kind if kind.isidentifier() else "what it wrote is not shown"
+        return f"the process ended (exit code {code}): {said}"
 
 
 def _checked(asked: OpenGateway | OpenSplit) -> OpenGateway | OpenSplit:
