@@ -53,8 +53,8 @@ class PromptMaker:
         texts = [str(message.get("content") or "") for message in request.messages] or [request.text]
         if request.chat and self._transport is not Transport.MIXED:
             _turns(request)
-        if sum(map(len, texts)) <= self._context:
-            return  # there are hardly more tokens than characters
+        if sum(map(len, texts)) <= 2 * self._context:
+            return  # few languages have half as many tokens as characters
         tokens = sum(len(self._layer.tokenizer.encode(text, add_special_tokens=False)) for text in texts)
         if tokens > MOST_LONGER * self._context:
             raise RequestError(
