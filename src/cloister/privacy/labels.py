@@ -61,32 +61,30 @@ def settle(findings: list[Finding]) -> list[Finding]:
 
     What a losing finding covers beyond the winner is kept as findings of its own, so nothing that any detector saw is left.
     """
-    settled: list[Finding] = []
-    for together in _overlapping(findings):
-        settled += together if len(together) == 1 else _shared(together)
-    return settled
-
-
-def _overlapping(findings: list[Finding]) -> Iterator[list[Finding]]:
-    """Yields the findings in groups that overlap with no other group, in the order of the text; within one, as they came."""
     starts = [finding.start for finding in findings]
-    group: list[int] = []
+    settled: list[Finding] = []
+    together: list[int] = []
     end = 0
     for number in sorted(range(len(findings)), key=starts.__getitem__):
         finding = findings[number]
         if finding.stop <= finding.start:
             continue
-        if group and finding.start >= end:
-            yield [findings[one] for one in sorted(group)]
-            group = []
-        group.append(number)
+        if finding.start >= end:
+            settled += _shared(findings, together)
+            together = []
+        together.append(number)
         end = max(end, finding.stop)
-    if group:
-        yield [findings[one] for one in sorted(group)]
+    return settled + _shared(findings, together)
 
 
-def _shared(findings: list[Finding]) -> Iterator[Finding]:
-    """Yields what each of some findings that overlap keeps."""
+def _shared(findings: list[Finding], together: list[int]) -> list[Finding]:
+    """Returns what each of some findings keeps that overlap, earlier ones first."""
+    if len(together) < 2:
+        return [findings[number] for number in together]
+    return list(_kept([findings[number] for number in sorted(together)]))
+
+
+def _kept(findings: list[Finding]) -> Iterator[Finding]:
     place = min(finding.start for finding in findings)
     owners = [0] * (max(finding.stop for finding in findings) - place)
     for number, finding in enumerate(findings, 1):

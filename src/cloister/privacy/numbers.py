@@ -73,7 +73,7 @@ def bounded_laplace(value: int, low: int, high: int, epsilon: Fraction, below: B
     Raises:
         PrivacyError: the value lies outside its bounds, or ε is not positive.
     """
-    if not (low <= value <= high and epsilon > 0):
+    if not (low <= value <= high and epsilon.numerator > 0):
         raise PrivacyError("A number lies outside the bounds of its class, or ε is not positive.")
     if low == high:
         return value

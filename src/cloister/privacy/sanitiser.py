@@ -97,6 +97,7 @@ class Sanitiser:
         self._epsilon = Fraction(str(sampler.epsilon)).limit_denominator(10**6)
         if self._epsilon > sampler.epsilon:
             self._epsilon -= Fraction(1, 10**6)
+        self._value_cost = numbers.cost(self._epsilon)
         self._turn = threading.Lock()
         ledger.open_session(session, budget, _typical(sampler), self.policy, sampler.privacy_loss())
 
@@ -109,10 +110,11 @@ class Sanitiser:
         """
         with self._turn:
             plain = [cleaned(text) for text in texts]
-            rows, kept = self._again(plain, [self._pieces(text) for text in plain])
+            normal: dict[bytes, str] = {}
+            rows, kept = self._again(plain, [self._pieces(text, normal) for text in plain])
             pieces = [(piece, text) for text, row in zip(plain, rows, strict=True) for piece in row]
             first = {one[0].tag: one for one in reversed(pieces)}
-            fresh = [self._fresh(*one) for tag, one in reversed(first.items()) if self._memo.get(tag) is None]
+            fresh = [self._fresh(*one, normal) for tag, one in reversed(first.items()) if self._memo.get(tag) is None]
             receipt = self._charge(fresh, len(first) - len(fresh))
             self._draw(fresh)
             made = [self._replaced(text, row) for text, row in zip(plain, rows, strict=True)]
@@ -122,24 +124,27 @@ class Sanitiser:
             tuple([text for text, _ in made]), tuple(swaps.values()), kept, receipt, dict(counts), len(fresh)
         )
 
-    def _pieces(self, text: str) -> tuple[Piece, ...]:
-        """Returns what is to be drawn for in `text`; what was found in a text that was seen before is remembered."""
+    def _pieces(self, text: str, normal: dict[bytes, str]) -> tuple[Piece, ...]:
+        """Returns what is to be drawn for in `text`, and notes its normal forms. What was found before is remembered."""
         known = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), key=self._key).digest()
         found = self._seen.pop(known, None)
         if found is None:
             parts = [part for finding in self.detection.find(text) for part in _split(text, finding)]
-            found = tuple([self._piece(text, part.start, part.stop, part.label) for part in parts])
+            found = tuple([self._piece(text, part, normal) for part in parts])
         self._seen[known] = found  # the last used is the last
         if len(self._seen) > SEEN_TEXTS:
             del self._seen[next(iter(self._seen))]
         return found
 
-    def _piece(self, text: str, start: int, stop: int, label: Label) -> Piece:
-        return Piece(start, stop, label, self._memo.tag(label, self._normal(text[start:stop], label)))
+    def _piece(self, text: str, found: Finding, normal: dict[bytes, str]) -> Piece:
+        form = self._normal(text[found.start : found.stop], found.label)
+        tag = self._memo.tag(found.label, form)
+        normal.setdefault(tag, form)
+        return Piece(found.start, found.stop, found.label, tag)
 
-    def _fresh(self, piece: Piece, text: str) -> _Fresh:
-        normal = self._normal(text[piece.start : piece.stop], piece.label)
-        return _Fresh(piece.tag, piece.label, normal, self._cost(normal, piece.label))
+    def _fresh(self, piece: Piece, text: str, normal: dict[bytes, str]) -> _Fresh:
+        form = normal.get(piece.tag) or self._normal(text[piece.start : piece.stop], piece.label)
+        return _Fresh(piece.tag, piece.label, form, self._cost(form, piece.label))
 
     def _again(
         self, texts: Sequence[str], found: Sequence[tuple[Piece, ...]]
@@ -195,7 +200,7 @@ class Sanitiser:
     def _cost(self, text: str, label: Label) -> Cost:
         if isinstance(label, Kind):
             return self._sampler.cost(Span(text, label))
-        return numbers.cost(self._epsilon) if isinstance(label, Numeral) else NOTHING
+        return self._value_cost if isinstance(label, Numeral) else NOTHING
 
     def _charge(self, fresh: Sequence[_Fresh], repeated: int) -> Receipt:
         entries: Counter[tuple[str, Cost, bool]] = Counter()

@@ -64,7 +64,7 @@ WEAK: Final = frozenset({Kind.FIRST_NAME, Kind.LAST_NAME, Kind.CITY, Kind.COUNTR
 class _Word:
     """A word of a text; what is only asked of a few of them is worked out then."""
 
-    __slots__ = ("_whole", "capital", "plain", "possessive", "start", "stop", "text")
+    __slots__ = ("_whole", "bare", "capital", "plain", "possessive", "start", "stop", "text")
 
     def __init__(self, match: re.Match[str]) -> None:
         self._whole = match.string
@@ -73,7 +73,8 @@ class _Word:
         self.capital = self.text[0].isupper()
         bare = POSSESSIVE.sub("", self.text) if "'" in self.text or "’" in self.text else self.text
         self.possessive = bare != self.text
-        self.plain = bare.rstrip(".").lower()
+        self.bare = bare.rstrip(".")
+        self.plain = self.bare.lower()
 
     @property
     def begins(self) -> bool:
@@ -151,8 +152,7 @@ class Tagger:
             joined = not run or bool(_JOINED.match(text[run[-1].stop : word.start]))
             if not joined or (run and not self._continues(run, word)):
                 break
-            following = words[place + 1] if not run and place + 1 < len(words) else None
-            if not self._names(text, word, run, following):
+            if not self._names(text, words, place, bool(run)):
                 break
             run.append(word)
             if word.possessive:
@@ -165,11 +165,12 @@ class Tagger:
         ended = last.text.endswith(".") and len(last.plain) > 2 and last.plain not in _DOTTED
         return not ended and not (last.text.endswith(".") and not word.text[1:2].islower() and word.begins)
 
-    def _names(self, text: str, word: _Word, run: list[_Word], following: _Word | None) -> bool:
+    def _names(self, text: str, words: _Words, place: int, continued: bool) -> bool:
+        word = words[place]
         plain = word.plain
         if not word.capital or plain in PUBLIC_CAPITALS or is_stop_word(plain):
             return False
-        if run or plain in TITLES:
+        if continued or plain in TITLES:
             return True
         if word.begins:  # any word begins a sentence with a capital: only known names count there
             known = self.lists.get(plain)
@@ -178,7 +179,7 @@ class Tagger:
             if self.common:
                 ordinary = plain in self.common or plain in INSTRUCTION_WORDS or plain.endswith(ORDINARY_ENDINGS)
                 return known is None and not ordinary
-            return following is not None and self._pair(text, word, following)
+            return place + 1 < len(words) and self._pair(text, word, words[place + 1])
         return not (plain in INSTRUCTION_WORDS and not self.lists.get(plain))
 
     @staticmethod
@@ -201,13 +202,13 @@ class Tagger:
 
     def _kind(self, before: str, named: list[_Word], titled: bool) -> Kind:
         plains = [word.plain for word in named]
-        whole = self.lists.get(" ".join(plains))
-        first = self.lists.get(plains[0])
         if titled:
             return Kind.PERSON
+        whole = self.lists.get(" ".join(plains))
+        first = self.lists.get(plains[0])
         if whole is not None and whole is not Kind.WORD:
             return Kind.PERSON if len(named) > 1 and whole in (Kind.FIRST_NAME, Kind.LAST_NAME) else whole
-        if any(plain in COMPANY_FORMS for plain in plains) or (len(named) == 1 and named[0].text.isupper()):
+        if not COMPANY_FORMS.isdisjoint(plains) or (len(named) == 1 and named[0].text.isupper()):
             return Kind.ORGANISATION
         if first is Kind.FIRST_NAME and len(named) <= 4:
             return Kind.PERSON
@@ -219,5 +220,4 @@ class Tagger:
 
 
 def _finding(first: _Word, last: _Word, kind: Kind) -> Finding:
-    stop = last.start + len(POSSESSIVE.sub("", last.text).rstrip("."))
-    return Finding(first.start, stop, kind)
+    return Finding(first.start, last.start + len(last.bare), kind)
