@@ -79,9 +79,13 @@ def settle(findings: list[Finding]) -> list[Finding]:
 
 def _shared(findings: list[Finding], together: list[int]) -> list[Finding]:
     """Returns what each of some findings keeps that overlap, earlier ones first."""
-    if len(together) < 2:
-        return [findings[number] for number in together]
-    return list(_kept([findings[number] for number in sorted(together)]))
+    overlapping = [findings[number] for number in sorted(together)]
+    if len(overlapping) < 2:
+        return overlapping
+    surest = overlapping[0]
+    if all(surest.start <= other.start and other.stop <= surest.stop for other in overlapping):
+        return [surest]
+    return list(_kept(overlapping))
 
 
 def _kept(findings: list[Finding]) -> Iterator[Finding]:

@@ -87,8 +87,8 @@ class Digits:
 
     @cached_property
     def longest_chunk(self) -> int:
-        """How many characters stand between two blanks, at most."""
-        return max(map(len, self.text.split()), default=0)
+        """How many characters stand between two blanks, at most; of short ones only that they are."""
+        return max([stop - start for start, stop in self.long_chunks], default=LONG - 1)
 
     @cached_property
     def chunks(self) -> list[tuple[int, int, int]]:
@@ -104,14 +104,12 @@ class Digits:
     @cached_property
     def long_chunks(self) -> list[Stretch]:
         """What stands between blanks and has at least `LONG` characters."""
-        if self.longest_chunk < LONG:
-            return []
-        found, place = [], 0
-        for chunk in self.text.split():
-            if len(chunk) >= LONG:  # none of the shorter ones holds it
-                start = self.text.index(chunk, place)
-                place = start + len(chunk)
-                found.append((start, place))
+        found: list[Stretch] = []
+        place = 0
+        for chunk in [chunk for chunk in self.text.split() if len(chunk) >= LONG]:
+            start = self.text.index(chunk, place)  # none of the shorter ones holds it
+            place = start + len(chunk)
+            found.append((start, place))
         return found
 
     def chunks_with(self, mark: str) -> list[Stretch]:

@@ -82,17 +82,19 @@ def amount(charges: Iterable[Charge], counted: Filter) -> Amount:
     Raises:
         BudgetError: the filter cannot count one of them.
     """
-    total = NOTHING
+    price = epsilon = rho = 0
     for charge in charges:
-        price = counted.price(charge)
-        if math.isinf(price):
+        each, cost = counted.price(charge), charge.cost
+        if math.isinf(each):
             raise BudgetError(
                 f"A draw of ε = {charge.cost.epsilon:.4g} cannot be counted by the rule {counted.rule}, which was fixed "
                 "when the session was opened. Nothing was sent.",
                 remedy="Begin another session (its secrets are then accounted anew, so what both reveal adds up).",
             )
-        total += Amount(grains(price), grains(charge.cost.epsilon), grains(charge.cost.rho)) * charge.count
-    return total
+        price += grains(each) * charge.count
+        epsilon += grains(cost.epsilon) * charge.count
+        rho += grains(cost.rho) * charge.count
+    return Amount(price, epsilon, rho)
 
 
 def ahead(free: int, each: Amount) -> Amount:

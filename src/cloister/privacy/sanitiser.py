@@ -30,6 +30,9 @@ from cloister.privacy.words import POSSESSIVE, WORD, cased_like, cleaned, is_sto
 
 NOTHING = Cost(0.0, 0.0)
 
+_NAME = re.compile(r"\S+")
+_PART = re.compile(r"[\w'’/.-]*\w")
+
 TABLES_SHOWN = 32
 """Digits of the candidates' digest in a policy: 128 bits."""
 
@@ -263,7 +266,7 @@ def _split(text: str, finding: Finding) -> list[Finding]:
     """
     span = text[finding.start : finding.stop]
     if finding.label is Kind.PERSON:
-        words = [m for m in re.finditer(r"\S+", span) if any(c.isalpha() for c in m.group())]
+        words = [m for m in _NAME.finditer(span) if m[0].isalpha() or any(c.isalpha() for c in m[0])]
         labels = [Kind.FIRST_NAME] * (len(words) > 1) + [Kind.LAST_NAME] * len(words)
         return [
             Finding(finding.start + word.start(), finding.start + word.start() + len(word.group().rstrip(".,")), label)
@@ -276,7 +279,7 @@ def _split(text: str, finding: Finding) -> list[Finding]:
                 finding.start + match.end(),
                 Format.IDENTIFIER if any(c.isdigit() for c in match.group()) else Kind.WORD,
             )
-            for match in re.finditer(r"[\w'’/.-]*\w", span)
+            for match in _PART.finditer(span)
             if not is_stop_word(match.group())
         ]
     return [finding]
