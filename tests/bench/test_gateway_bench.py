@@ -48,6 +48,7 @@ def test_every_stage_of_sanitising_is_measured(candidates: Path, tmp_path: Path)
     text.write_text(" ".join(f"Meeting {number} with Anna Schmidt in Paris went well." for number in range(300)))
     record = sanitize_speed.run(demo_model(), candidates, ["rules"], text, 10, True, QUIET)
     assert [row["prompt"] for row in record.rows] == [
+        "prompts of 128 tokens, all new",
         "letters, all new",
         "a chat's turn, up to 8 before it",
         "letters, each the first prompt of a session",
@@ -58,13 +59,21 @@ def test_every_stage_of_sanitising_is_measured(candidates: Path, tmp_path: Path)
         assert 0 < row["detect"] <= parts
         assert row["whole"] <= row["whole p95"]
         assert row["embed"] > 0
-    assert record.facts["tokens of a prompt's newest text, median"] >= 128
+        assert row["spans"] >= 2
+    assert 120 <= record.rows[0]["tokens"] <= 128 < record.rows[1]["tokens"]
 
 
 def test_a_file_that_is_too_short_for_prompts_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("too short")
     with pytest.raises(SettingsError, match="has 2 words"):
         next(prompts.of_file(tmp_path / "text.txt"))
+
+
+def test_a_prompt_of_so_many_tokens_has_them_and_names_new_people() -> None:
+    made = list(islice(prompts.of_tokens(1, 128, lambda text: len(text.split())), 20))
+    assert {len(text.split()) for text in made} == {128}
+    assert len({text.split("answer ")[1][:12] for text in made}) == 20
+    assert all("@example.org" in text for text in islice(prompts.of_tokens(1, 9, lambda text: len(text.split())), 3))
 
 
 def test_letters_are_new_each_time_and_the_same_for_a_seed() -> None:

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -26,11 +26,13 @@ from cloister.gateway.tensor_file import tensor_file
 from cloister.model.embedding import EmbeddingLayer
 from cloister.privacy import candidate_file
 from cloister.privacy.detector import Detection, Mode
-from cloister.privacy.labels import Detector, Finding
+from cloister.privacy.labels import Finding
 from cloister.privacy.ledger import Ledger
 from cloister.privacy.mechanism import Cost, DominatingCurve, Mechanism, Replacement, Sampler, Span
 from cloister.privacy.sanitiser import Sanitiser
 
+TOKENS = 128
+"""Of the bar's prompt, by the model's own tokenizer."""
 WARM_UP = 40
 BUDGET = 1e6
 """It does not end, so nearly every prompt is covered by a reservation; the first of a session never is."""
@@ -54,16 +56,13 @@ class _Clock:
 
 
 @dataclass(frozen=True)
-class _TimedDetector:
-    inner: Detector
-    clock: _Clock
+class _TimedDetection(Detection):
+    """A detection that is timed as a whole: its detectors share what they know of a text."""
 
-    @property
-    def name(self) -> str:
-        return self.inner.name
+    clock: _Clock = field(default_factory=_Clock)
 
     def find(self, text: str) -> list[Finding]:
-        found: list[Finding] = self.clock.run("detect", lambda: self.inner.find(text))
+        found: list[Finding] = self.clock.run("detect", lambda: Detection.find(self, text))
         return found
 
 
@@ -110,41 +109,43 @@ def run(
     sampler = sampler_for(held, layer, Mechanism.CHANNEL, Fraction(2))
     warm_up, count = (4, 12) if smoke else (WARM_UP, count)
     sorts: dict[str, Callable[[], Iterator[list[str]]]] = {
+        f"prompts of {TOKENS} tokens, all new": lambda: (
+            [text] for text in prompts.of_tokens(4, TOKENS, lambda text: len(layer.tokenizer.encode(text)))
+        ),
         "letters, all new": lambda: ([text] for text in prompts.letters(1)),
         f"a chat's turn, up to {TURNS} before it": _chat,
         FIRST: lambda: ([text] for text in prompts.letters(3)),
     }
     if data is not None:
         sorts[data.name] = lambda: ([text] for text in prompts.of_file(data))
-    rows, lengths = [], []
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for number, (sort, made) in enumerate(sorts.items()):
             clock = _Clock()
             detection = detection_for(held, Mode.DETECTED, names=detectors)
-            timed: Detection = replace(detection, detectors=[_TimedDetector(one, clock) for one in detection.detectors])
+            timed = _TimedDetection(detection.detectors, detection.mode, detection.kept, clock)
             with closing(Ledger.open(Path(folder) / f"{number}.db")) as ledger:
                 plain = ledger.charge
                 ledger.charge = lambda *a, **k: clock.run("charge", lambda: plain(*a, **k))  # type: ignore[method-assign] # noqa: B023
                 sanitiser = Sanitiser(timed, _TimedSampler(sampler, clock), ledger, "bench", BUDGET)
-                times: list[dict[str, float]] = []
+                times: list[_Timed] = []
                 for place, texts in enumerate(
                     track(islice(made(), warm_up + count), sort, warm_up + count, console=console)
                 ):
                     if sort == FIRST:
                         sanitiser = Sanitiser(timed, _TimedSampler(sampler, clock), ledger, f"bench {place}", BUDGET)
                     time.sleep(0.005)
-                    row, tokens = _one(sanitiser, layer, texts, clock)
+                    timed_prompt = _one(sanitiser, layer, texts, clock)
                     if place >= warm_up:
-                        times.append(row)
-                        lengths.append(tokens)
+                        times.append(timed_prompt)
             rows.append(_row(sort, times))
     facts = {
-        "tokens of a prompt's newest text, median": statistics.median(lengths),
         "detectors": detection.policy,
         "load average of the machine": os.getloadavg()[0],
     }
     note = (
-        "Milliseconds, median and 95th percentile, one prompt at a time. 'whole' is the sanitiser: detect, charge, draw and "
+        "Milliseconds, median and 95th percentile, one prompt at a time. 'tokens' are the model's, of a prompt's newest text, "
+        "'spans' what is replaced, medians. 'whole' is the sanitiser: detect, charge, draw and "
         "replace; 'embed' comes after it: tokens, rows of the table, the file that is sent. ε = 2, a budget that does not end: "
         "the charge of a session's first prompt waits for the disk, nearly all others are covered by what the session reserved."
     )
@@ -152,16 +153,24 @@ def run(
     return Record("sanitize-speed", rows, facts, settings, note)
 
 
-def _one(sanitiser: Sanitiser, layer: EmbeddingLayer, texts: list[str], clock: _Clock) -> tuple[dict[str, float], int]:
+@dataclass(frozen=True)
+class _Timed:
+    """One prompt: the seconds of its stages, the tokens of its newest text, its spans."""
+
+    seconds: dict[str, float]
+    tokens: int
+    spans: int
+
+
+def _one(sanitiser: Sanitiser, layer: EmbeddingLayer, texts: list[str], clock: _Clock) -> _Timed:
     clock.seconds.clear()
     sanitised = clock.run("whole", lambda: sanitiser.sanitise(texts))
     newest = sanitised.texts[-1]
-    tokens: list[int] = layer.tokenizer.encode(newest)
     clock.run("embed", lambda: _embedded(layer, newest))
     seconds = dict(clock.seconds)
     stages = ("detect", "charge", "draw")
     seconds["replace"] = seconds["whole"] - sum(seconds.get(stage, 0.0) for stage in stages)
-    return seconds, len(tokens)
+    return _Timed(seconds, len(layer.tokenizer.encode(texts[-1])), sum(sanitised.counts.values()))
 
 
 def _embedded(layer: EmbeddingLayer, text: str) -> bytes:
@@ -169,13 +178,15 @@ def _embedded(layer: EmbeddingLayer, text: str) -> bytes:
     return base64.b64encode(tensor_file(rows, layer.dtype, layer.width))
 
 
-def _row(sort: str, times: list[dict[str, float]]) -> dict[str, Any]:
+def _row(sort: str, times: list[_Timed]) -> dict[str, Any]:
     def median(stage: str) -> float:
-        return 1e3 * statistics.median(row.get(stage, 0.0) for row in times)
+        return 1e3 * statistics.median(one.seconds.get(stage, 0.0) for one in times)
 
-    whole = sorted(row["whole"] for row in times)
+    whole = sorted(one.seconds["whole"] for one in times)
     return {
         "prompt": sort,
+        "tokens": statistics.median(one.tokens for one in times),
+        "spans": statistics.median(one.spans for one in times),
         "whole": median("whole"),
         "whole p95": 1e3 * whole[int(0.95 * (len(whole) - 1))],
         **{stage: median(stage) for stage in ("detect", "charge", "draw", "replace", "embed")},
