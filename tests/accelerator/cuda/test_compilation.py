@@ -55,8 +55,8 @@ ORDERING = """
 import json
 from cloister.accelerator.cuda import inspection, ring_kernels
 for name, kernel, constants in (
-    ("rows", ring_kernels.await_rows, {"BLOCK": 4096, "CUT": False}),
-    ("digits", ring_kernels.await_rows, {"BLOCK": 4096, "CUT": True}),
+    ("rows", ring_kernels.await_rows, {"BLOCK": 4096, "CUT": False, "AHEAD": False}),
+    ("digits", ring_kernels.await_rows, {"BLOCK": 4096, "CUT": True, "AHEAD": True}),
     ("publish", ring_kernels.publish, {}),
 ):
     types = {"x_ptr": "*i8"} if name == "digits" else {}
@@ -82,6 +82,9 @@ def test_what_the_host_and_the_gpu_share_is_read_and_written_in_order() -> None:
         assert "ld.volatile.global.v4" in after  # rows: sixteen bytes at a time
         assert "ld.global" not in after.replace("ld.volatile.global", "")
         assert "bar." not in made[name]  # threads may see the doorbell in different turns of the loop
+    asked, _, waited = made["digits"].partition("cp.async.bulk.prefetch.L2.global")
+    assert asked.count("ld.volatile.global") == 2  # asks only if there is nothing to do yet
+    assert waited.count("cp.async.bulk") == 0
     before, _, after = made["publish"].partition("st.release.sys.global")
     assert after
     assert before.rfind("bar.") > before.rfind("st.global")  # what one thread stored, every thread releases
@@ -152,6 +155,8 @@ def test_a_shape_that_was_tuned_wins() -> None:
             "decode=[{block_n=65,block_k=64,warps=4,stages=2,per_multiprocessor=1}]",
             "block_n is 65",
         ),
+        ('capabilities=[]\nprovenance=""\ndecode=[]\nprefill=[]\nahead_bytes=-1', "ahead_bytes is -1"),
+        ('capabilities=[]\nprovenance=""\ndecode=[]\nprefill=[]\nahead_bytes="1"', "ahead_bytes is"),
     ],
 )
 def test_a_broken_configuration_is_refused(text: str, message: str) -> None:

@@ -146,6 +146,8 @@ class Family:
     """Where these numbers come from: measured on what and when, or not measured."""
     decode: tuple[DecodeConfiguration, ...]
     prefill: tuple[PrefillConfiguration, ...]
+    ahead_bytes: int = 0
+    """How much of a weight is brought into the second-level cache while its order is awaited; needs bulk prefetching (9.0)."""
 
     def for_decode(self, rows: int, d_out: int, d_in: int) -> DecodeConfiguration:
         """Returns the first decode configuration that fits the product.
@@ -194,16 +196,20 @@ def parse_family(name: str, text: str) -> Family:
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"The configuration {name!r} is not TOML: {error}.", remedy="Write it anew.") from error
     known = {"capabilities", "provenance", "decode", "prefill"}
-    if set(values) != known:
+    if set(values) - {"ahead_bytes"} != known:
         raise SettingsError(
             f"The configuration {name!r} has the keys {sorted(values)}.", remedy=f"It must have {sorted(known)}."
         )
+    ahead = values.get("ahead_bytes", 0)
+    fits = type(ahead) is int and 0 <= ahead < 2**30 and ahead % ROW_ALIGNMENT == 0
+    require(fits, f"{name}.ahead_bytes", ahead, f"a multiple of {ROW_ALIGNMENT} below 1 GiB")
     return Family(
         name=name,
         capabilities=tuple((int(major), int(minor)) for major, minor in values["capabilities"]),
         provenance=str(values["provenance"]),
         decode=_entries(DecodeConfiguration, values["decode"], name),
         prefill=_entries(PrefillConfiguration, values["prefill"], name),
+        ahead_bytes=ahead,
     )
 
 

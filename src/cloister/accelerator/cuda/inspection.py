@@ -62,7 +62,7 @@ def inspect_family(family: Family) -> Iterator[Compiled]:
             made = compiled(kernel, capability, constants, one.warps, one.stages)
             yield _described(family.name, capability, kernel.__name__, one, made)
         for cut in (False, True):
-            constants = {"BLOCK": 4096, "CUT": cut}
+            constants = {"BLOCK": 4096, "CUT": cut, "AHEAD": bool(family.ahead_bytes)}
             made = compiled(ring_kernels.await_rows, capability, constants, 4, 3, {"x_ptr": "*i8" if cut else "*i32"})
             yield _described(family.name, capability, "await_rows", "digits" if cut else "", made)
         made = compiled(digit_kernels.cut_rows, capability, {"BLOCK": 1024}, 4, 3)

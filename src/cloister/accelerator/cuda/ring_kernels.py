@@ -9,6 +9,8 @@ the next kernel starts after its end and counts the answer with a store that rel
 touched by atomic operations: over PCIe they are a read and a write, neither atomic for the processor nor as quick as a store.
 """
 
+from typing import Final
+
 import triton.language as tl
 
 from cloister.accelerator.cuda.configurations import DECODE_ROWS
@@ -29,6 +31,9 @@ from cloister.accelerator.cuda.ring import (
     Answer,
 )
 
+PIECE: Final = 16384
+"""Bytes of a weight that one thread asks for at a time."""
+
 _REQUESTED: tl.constexpr = tl.constexpr(REQUESTED)
 _ANSWERED: tl.constexpr = tl.constexpr(ANSWERED)
 _STOP: tl.constexpr = tl.constexpr(STOP)
@@ -43,6 +48,7 @@ _MISMATCH: tl.constexpr = tl.constexpr(MISMATCH)
 _DONE: tl.constexpr = tl.constexpr(int(Answer.DONE))
 _REFUSED: tl.constexpr = tl.constexpr(int(Answer.MISMATCH))
 _MOST_ROWS: tl.constexpr = tl.constexpr(DECODE_ROWS)
+_PIECE: tl.constexpr = tl.constexpr(PIECE)
 _INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
 
 
@@ -69,12 +75,26 @@ def _count(pointer, value):  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-@kernel_varying("weight")
+@kernel
+def _bring(w_ptr, ahead):  # type: ignore[no-untyped-def]
+    """Asks for the first `ahead` bytes of a weight to be brought into the second-level cache; a hint, which waits for nothing."""
+    step = 128 * _PIECE
+    for first in range(tl.program_id(0) * step, ahead, tl.num_programs(0) * step):
+        place = tl.minimum(first + tl.arange(0, 128) * _PIECE, ahead - _PIECE)
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], 16384; mov.b32 $0, 0;",
+            "=r,l", [w_ptr.to(tl.int64) + place], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@kernel_varying("weight", "ahead")
 def await_rows(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     ring_ptr,
     x_ptr,
     state_ptr,
+    w_ptr,
     weight,
+    ahead,
     d_in,
     stride,
     requests,
@@ -82,11 +102,13 @@ def await_rows(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     most_rows,
     BLOCK: tl.constexpr,
     CUT: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Waits until the next order is posted or the ring is stopped; copies its rows to `x` and notes it in `state`.
 
     Grid: any number of programs; each waits for itself and copies every such block of the rows in turn. CUT: `x` is int8 and gets
-    the digits of the rows, `[4 rows, stride]`.
+    the digits of the rows, `[4 rows, stride]`. AHEAD: if it has to wait, it first asks for `ahead` bytes of the weight, at
+    least one piece.
 
     The ring may be stopped while an order is posted, and the programs may see that in different order. They must not disagree:
     if program 0 lets the product run, all must have copied. So both words are read again after the wait. Program 0 lets
@@ -96,6 +118,9 @@ def await_rows(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     turn = tl.load(state_ptr + 2)
     posted = tl.load(ring_ptr + _REQUESTED, volatile=True)
     stop = tl.load(ring_ptr + _STOP, volatile=True)
+    if AHEAD:  # noqa: SIM102 - one is decided by the compiler
+        if (posted == turn) & (stop == 0):
+            _bring(w_ptr, ahead)
     while (posted == turn) & (stop == 0):
         posted = tl.load(ring_ptr + _REQUESTED, volatile=True)
         stop = tl.load(ring_ptr + _STOP, volatile=True)

@@ -10,7 +10,7 @@ from jaxtyping import Int8, Int32
 from cloister.accelerator.cuda.configurations import family_of
 from cloister.accelerator.cuda.products import Products, ResidentWeight, resident
 from cloister.accelerator.cuda.ring import ANSWERED, STOP, Ring
-from cloister.accelerator.cuda.ring_kernels import await_rows, publish
+from cloister.accelerator.cuda.ring_kernels import PIECE, await_rows, publish
 from cloister.accelerator.cuda.runtime import Action, Runtime
 from cloister.errors import AcceleratorError
 
@@ -37,7 +37,11 @@ class TritonProgram:
         self._words = torch.from_numpy(ring.words)
         self._state = torch.tensor([0, 0, ring.load(ANSWERED), 0], dtype=torch.int32, device=device)
         self._x = torch.zeros(max(weight.stride for weight in weights) * most_rows, dtype=torch.int32, device=device)
-        self._products = Products(device, family_of(runtime.capability), multiprocessors)
+        family = family_of(runtime.capability)
+        self._products = Products(device, family, multiprocessors)
+        self._ahead_bytes = (
+            0 if device.type == "cpu" else family.ahead_bytes
+        )  # the interpreter has no cache to bring it into
         for weight in weights:
             self._products.reserve(weight, most_rows)
         actions = [self._node(index, weight, most_rows) for index, weight in enumerate(weights)]
@@ -70,11 +74,13 @@ class TritonProgram:
         fetchers = min(_MOST_FETCHERS, most_rows * -(-weight.d_in // _FETCH_BLOCK))
         cut = self._products.takes_digits(weight, most_rows)
         x = self._x.view(torch.int8) if cut else self._x
+        ahead = min(self._ahead_bytes, weight.matrix.numel())
+        ahead = ahead if ahead >= PIECE else 0
 
         def action() -> None:
             await_rows[(fetchers,)](
-                self._words, x, self._state, index, weight.d_in, weight.stride,
-                layout.requests, layout.request_words, most_rows, BLOCK=_FETCH_BLOCK, CUT=cut,
+                self._words, x, self._state, weight.matrix, index, ahead, weight.d_in, weight.stride,
+                layout.requests, layout.request_words, most_rows, BLOCK=_FETCH_BLOCK, CUT=cut, AHEAD=ahead > 0,
             )  # fmt: skip
             self._products.decode(weight, x, answers, self._state, layout.answer_words, most_rows)
             publish[(1,)](self._words, self._state, num_warps=1)

@@ -269,6 +269,7 @@ class _Tuning:
             f"{today}, by scripts/bench_gpu.py --tune; shapes that are not listed: {others}",
             decode=(*self._decode, *(one for one in self._before.decode if (one.d_out, one.d_in) not in tuned)),
             prefill=(*self._prefill, *(one for one in self._before.prefill if (one.d_out, one.d_in) not in tuned)),
+            ahead_bytes=self._before.ahead_bytes,
         )
 
     def record(self) -> Record:
@@ -304,6 +305,7 @@ class _Tuning:
 def as_toml(family: Family) -> str:
     """Returns the family as the text of its file."""
     lines = [f"capabilities = {[list(pair) for pair in family.capabilities]}", f'provenance = "{family.provenance}"']
+    lines += [f"ahead_bytes = {family.ahead_bytes}"] if family.ahead_bytes else []
     for table, entries in (("decode", family.decode), ("prefill", family.prefill)):
         for entry in entries:
             lines += ["", f"[[{table}]]", *(f"{field} = {json.dumps(value)}" for field, value in _set_fields(entry))]
