@@ -22,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="demo", help="model to check whole, bit for bit: demo, or a folder")
     parser.add_argument("--smoke", action="store_true", help="toy sizes in Triton's interpreter: does it run at all?")
     parser.add_argument("--tune", type=Path, metavar="FILE", help="instead: measure tile sizes and write a family file")
+    parser.add_argument("--commit", default="", help="what the records name, where the checkout has no history")
     options = parser.parse_args(arguments)
     os.environ["TRITON_INTERPRET"] = "1" if options.smoke else "0"  # before anything imports triton
 
@@ -43,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         parts = tuple(options.only.split(",")) if options.only else PARTS
         command = "make bench-gpu" if not options.only else f"python scripts/bench_gpu.py --only {options.only}"
-        wanted = Wanted(options.out, 60 * options.minutes, parts, options.smoke, options.model, command)
+        seconds = 60 * options.minutes
+        wanted = Wanted(options.out, seconds, parts, options.smoke, options.model, command, options.commit)
         return run(wanted, console)
     except SettingsError as error:
         console.print(f"[bold red]error:[/bold red] {error}")

@@ -138,11 +138,14 @@ def test_a_part_that_fails_loses_nothing_of_the_others(tmp_path: Path, monkeypat
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(roundtrip, "run", broken)
-    monkeypatch.setattr(kernels, "run", lambda *_: record("gpu-kernels-smoke", []))
-    wanted = gpu_run.Wanted(tmp_path, 60, ("sanitizer", "roundtrip", "kernels"), smoke=True, command="test")
+    bare = dataclasses.replace(record("gpu-kernels-smoke", []), machine={"commit": ""})
+    monkeypatch.setattr(kernels, "run", lambda *_: bare)
+    parts = ("sanitizer", "roundtrip", "kernels")
+    wanted = gpu_run.Wanted(tmp_path, 60, parts, smoke=True, command="test", commit="abc1234")
     assert gpu_run.run(wanted, QUIET) == 3
     assert {path.name for path in tmp_path.iterdir()} == {"gpu-kernels-smoke.json", "gpu-sanitizer-smoke.json"}
-    assert json.loads((tmp_path / "gpu-kernels-smoke.json").read_text())["command"] == "test"
+    written = json.loads((tmp_path / "gpu-kernels-smoke.json").read_text())
+    assert (written["command"], written["machine"]["commit"]) == ("test", "abc1234")
 
 
 def test_an_unknown_part_is_refused_and_the_door_knows_them_all(tmp_path: Path) -> None:
@@ -341,6 +344,30 @@ def test_the_measurer_finds_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -> 
     assert timed["us"] > 0
     monkeypatch.setattr(made._bench, "agree", lambda *_: False)
     assert made.answer(tune._request(decode_tile(32, 32, 3), (64, 96), 4)) == {"error": "wrong product"}
+
+
+@pytest.mark.parametrize("missing", ["msgspec", "cryptography", "triton", "rich"])
+def test_a_package_that_is_missing_is_named(missing: str, tmp_path: Path) -> None:
+    code = (
+        f"import runpy, sys; sys.modules[{missing!r}] = None; sys.argv = ['x', '--smoke', '--out', {str(tmp_path)!r}];"
+    )
+    code += f"runpy.run_path({str(ROOT / 'scripts' / 'bench_gpu.py')!r}, run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert missing in done.stderr
+    assert "pip install" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_there_is_a_record_and_no_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_run.end_to_end, "run", lambda *_: record("gpu-end-to-end-smoke", []))
+    monkeypatch.setattr(gpu_run.plot, "draw", lambda *_: pytest.fail("drew"))
+    monkeypatch.setattr(gpu_run.importlib.util, "find_spec", lambda _: None)
+    assert gpu_run.run(gpu_run.Wanted(tmp_path, 60, ("models",), smoke=True), QUIET) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu-end-to-end-smoke.json"]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Checks, then measures, within a budget of time; each part writes its record at once. The door is `make bench-gpu`."""
 
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ class Wanted:
     model: str = "demo"
     """Checked whole, bit for bit: demo, or the folder of a model."""
     command: str = "make bench-gpu"
+    commit: str = ""
+    """What the records name where the checkout has no history of its own."""
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.parts) - set(PARTS)):
@@ -125,7 +128,9 @@ class Run:
         measured = self._kept("gpu-kernels")
         whole = end_to_end.run(self._wanted.smoke, self._console, budget, measured, self._write)
         self._keep(whole)
-        if path := plot.draw(whole, self._wanted.out):
+        if importlib.util.find_spec("matplotlib") is None:
+            self._console.print("no plot: matplotlib is not installed")
+        elif path := plot.draw(whole, self._wanted.out):
             self._console.print(f"plot: {path}")
         return RIGHT
 
@@ -152,7 +157,9 @@ class Run:
             return None
 
     def _write(self, record: Record) -> None:
-        dataclasses.replace(record, command=self._wanted.command).write(self._wanted.out)
+        commit = record.machine["commit"] or self._wanted.commit
+        machine = {**record.machine, "commit": commit}
+        dataclasses.replace(record, command=self._wanted.command, machine=machine).write(self._wanted.out)
 
     def _keep(self, record: Record) -> int:
         self._write(record)
