@@ -170,6 +170,62 @@ def test_a_family_without_an_entry_for_a_shape_says_so() -> None:
         family.for_decode(1, 3, 2)
 
 
+LAUNCHES = """
+import json
+import numpy as np, torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+class NoGpu:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_active_torch_device(self): return torch.device("cpu")
+
+driver.set_active(NoGpu())
+compile_and_launch, made = JITFunction.run, set()
+def only_compile(self, *arguments, grid, warmup, **options):
+    compiled = compile_and_launch(self, *arguments, grid=grid, warmup=True, **options)
+    made.add((self.__name__, tuple(grid)))
+    return compiled
+JITFunction.run = only_compile
+
+from cloister.accelerator.cuda.configurations import family_of
+from cloister.accelerator.cuda.products import Products, resident
+from cloister.accelerator.cuda.ring import Layout, Ring
+from cloister.accelerator.cuda.runtime import InterpreterRuntime
+from cloister.accelerator.cuda.triton_device import TritonProgram
+
+runtime, shapes = InterpreterRuntime((9, 0), 132), [(4096, 4096), (48, 33)]
+weights = [resident(np.zeros(shape, np.int8), runtime.device) for shape in shapes]
+products = Products(runtime.device, family_of((9, 0)), 132)
+for weight in weights:
+    for rows in (1, 16, 17):
+        x, out = (torch.zeros((rows, width), dtype=torch.int32) for width in (weight.d_in, weight.d_out))
+        products.multiply(weight, x, out)
+layout = Layout.of(shapes, 4)
+TritonProgram(runtime, Ring(np.zeros(layout.words, np.int32), layout), weights, 4, 132)
+print(json.dumps(sorted(made)))
+"""
+
+
+@pytest.mark.slow
+def test_every_launch_compiles_with_the_arguments_that_it_is_given() -> None:
+    """The just-in-time compiler itself, with the launcher's arguments; only the launch is left out."""
+    pytest.importorskip("triton", reason="triton is not installed: the GPU kernels are not compiled")
+    pytest.importorskip("torch", reason="torch is not installed: the GPU kernels are not compiled")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p.endswith("src"))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LAUNCHES], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = [(name, tuple(grid)) for name, grid in json.loads(done.stdout)]
+    assert {name for name, _ in made} == {"cut_rows", "decode_digits", "prefill_digits", "await_rows", "publish"}
+    assert ("decode_digits", (32, 8)) in made  # 4096 x 4096 is split to keep 132 multiprocessors busy
+
+
 CONFINED = """
 import sys
 from pathlib import Path

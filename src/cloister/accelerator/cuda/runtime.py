@@ -3,6 +3,7 @@
 `CudaRuntime` is the only code of this folder that no test without a GPU runs.
 """
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -185,6 +186,9 @@ class CudaRuntime:
     def pin(self, memory: np.ndarray) -> bool:
         """Registers the memory with the driver."""
         code = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, _PORTABLE_AND_MAPPED)
+        if int(code) != 0:
+            with contextlib.suppress(RuntimeError):  # the driver reports a failure once more, with the next launch
+                torch.zeros(1, device=self.device)
         return int(code) == 0
 
     def unpin(self, memory: np.ndarray) -> None:
