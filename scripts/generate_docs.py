@@ -281,6 +281,7 @@ def sanitising() -> str:
     ]
     epsilons = [f"ε = {epsilon:g}" for epsilon in record["settings"]["epsilons"]]
     equal: list[dict[str, object]] = []
+    caps: list[dict[str, object]] = []
     others: list[dict[str, object]] = []
     for key, value in facts.items():
         task, _, name = key.partition(": ")
@@ -292,9 +293,12 @@ def sanitising() -> str:
                     **dict(zip(epsilons, value.split(", "), strict=True)),
                 }
             )
+        elif ", other cap, " in name and task == tasks[0]:
+            caps.append({"equal ε, another cap": name.replace(", other cap", ""), "points": value})
         elif ", equal attack" in name and task == tasks[0]:
             others.append({"equal attack": name.replace(", equal attack", ""), "points, at what rate": value})
-    parts += ["Leads in points, with 95 % confidence intervals over paired seeds:", _table(equal, 2)]
+    parts += ["Leads in points, with 95 % confidence intervals over seeds and test examples:", _table(equal, 2)]
+    parts.append(_table(caps, 2))
     parts.append("The same at the success of the best attack that the other has, where it lies between ours:")
     return "\n\n".join([*parts, _table(others, 2)])
 

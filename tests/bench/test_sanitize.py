@@ -88,7 +88,7 @@ def test_leads_are_paired_and_interpolated_at_equal_attack() -> None:
             "hits": [3] * 40,
             "hits trained sanitised": [3] * 40,
         }
-        return {"mechanism": name} | outcomes | rates
+        return {"mechanism": name, "ε": attack} | outcomes | rates
 
     ours = [row("channel", 10, 0.6), row("channel", 30, 0.8), row("channel (K = 64)", 1, 0.5)]
     facts = compare.comparisons([*ours, row("CusText+", 20, 0.65), row("CusText+", 40, 0.7)], 5)

@@ -1,6 +1,7 @@
 """Compares the rows of one task of `cloister bench sanitize`: at equal exact ε, and at equal success of the best attack."""
 
 import bisect
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from cloister.bench.sanitize_systems import CHANNEL, LARGE, MATCHED
+from cloister.bench.sanitize_systems import CAPPED, CHANNEL, LARGE, MATCHED
 
 SEEDS = 5
 T_95 = {3: 4.303, 5: 2.776}
@@ -42,12 +43,26 @@ def comparisons(rows: Sequence[Row], seeds: int) -> dict[str, str]:
             facts[f"{CHANNEL} - {theirs}, {label}, {trained}"] = ", ".join(
                 lead(outcome(mine, seeds, way), outcome(other, seeds, way), seeds) for mine, other in pairs
             )
+        facts |= _at_other_caps(held, way, seeds)
         for ours in (name for name in (CHANNEL, LARGE) if name in held):
             for theirs in (name for name in COMPARED if name in held):
                 for attack, label in ATTACKS.items():
                     found = _at_equal_attack(held[ours], held[theirs], attack, way, seeds)
                     if found:
                         facts[f"{ours} - {theirs}, {label}, {trained}"] = found
+    return facts
+
+
+def _at_other_caps(held: dict[str, list[Row]], way: int, seeds: int) -> dict[str, str]:
+    facts = {}
+    for ours, theirs in itertools.product(CAPPED.values(), COMPARED):
+        by_epsilon = {row["ε"]: row for row in held.get(theirs, [])}
+        pairs = [(row, by_epsilon[row["ε"]]) for row in held.get(ours, []) if row["ε"] in by_epsilon]
+        if pairs:
+            facts[f"{ours} - {theirs}, other cap, {TRAINED[way]}"] = ", ".join(
+                f"{lead(outcome(mine, seeds, way), outcome(other, seeds, way), seeds)} at ε = {mine['ε']:g}"
+                for mine, other in pairs
+            )
     return facts
 
 

@@ -17,7 +17,7 @@ from cloister.audit.rivals import Block, Rival
 from cloister.bench.sanitize_setting import MEMBERS, SMALL, Setting
 from cloister.privacy import build as builder
 from cloister.privacy.certificate import TOTAL
-from cloister.privacy.linear_program import default_cap
+from cloister.privacy.linear_program import MOST_CAP, default_cap
 from cloister.privacy.mechanism import Mechanism
 from cloister.privacy.noisy_max import analytic_table, exact_table
 
@@ -29,8 +29,9 @@ MAIN = (CHANNEL, str(Mechanism.LAPLACE_RNM), "CusText+", "SanText+")
 """What is plotted."""
 EVERYWHERE = (*MAIN, str(Mechanism.GUMBEL), str(Mechanism.PERMUTE_AND_FLIP), "TEM", "RANTEXT", LARGE)
 """What every task is measured with; the first task is measured with everything."""
-HALF = 0.5
-"""A cap beside the default, where that is larger."""
+CAPS = 0.5, MOST_CAP
+"""Caps beside the default, where that lies between them."""
+CAPPED = {cap: f"{CHANNEL} (cap {cap:g})" for cap in CAPS}
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ def systems(setting: Setting, epsilon: float) -> Iterator[System]:
     for mechanism in Mechanism:
         if mechanism is not Mechanism.LAPLACE_RNM:
             yield System(str(mechanism), epsilon, partial(ours, mechanism, SMALL))
-    if default_cap(epsilon) > HALF:
-        yield System(f"{CHANNEL} (cap {HALF:g})", epsilon, partial(ours, Mechanism.CHANNEL, SMALL, HALF))
+    for cap, name in CAPPED.items():
+        if CAPS[0] < default_cap(epsilon) < CAPS[1]:
+            yield System(name, epsilon, partial(ours, Mechanism.CHANNEL, SMALL, cap))
     tables: dict[str, Callable[..., np.ndarray]] = {
         "laplace_rnm": partial(exact_table, tolerance=rivals.TOLERANCE),
         "laplace_rnm (2Δ/ε)": analytic_table,

@@ -103,7 +103,9 @@ class Network(nn.Module):  # type: ignore[misc]
         table *= LENGTH / max(float(np.linalg.norm(vectors, axis=1).mean()), 1e-12)
         rated = np.concatenate([np.zeros(RESERVED, dtype=np.float32), ratings])[:, None]
         fixed = np.concatenate([table, rated, np.abs(rated)], axis=1)
-        self.tuned = nn.Embedding.from_pretrained(torch.from_numpy(table), freeze=False, padding_idx=PADDING)
+        self.tuned = nn.Embedding.from_pretrained(
+            torch.from_numpy(table), freeze=False, padding_idx=PADDING, sparse=True
+        )
         self.fixed = nn.Embedding.from_pretrained(torch.from_numpy(fixed), freeze=True, padding_idx=PADDING)
         width, hidden = table.shape[1] + fixed.shape[1], HIDDEN[sort]
         if sort == RECURRENT:
@@ -135,8 +137,10 @@ class Network(nn.Module):  # type: ignore[misc]
         lengths = torch.tensor([len(text) for text in texts])
         epochs = EPOCHS[self.sort]
         steps = epochs * (-(-len(texts) // BATCH))
-        optimiser = torch.optim.Adam([part for part in self.parameters() if part.requires_grad], lr=RATE)
-        falling = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1.0 - step / steps)
+        weights = [part for name, part in self.named_parameters() if not name.startswith(("tuned", "fixed"))]
+        # The sparse one spends no time on words that a batch does not have.
+        optimisers = torch.optim.Adam(weights, lr=RATE), torch.optim.SparseAdam([self.tuned.weight], lr=RATE)
+        falling = [torch.optim.lr_scheduler.LambdaLR(one, lambda step: 1.0 - step / steps) for one in optimisers]
         self.train()
         for _ in range(epochs):
             order = torch.argsort(lengths + 4.0 * torch.rand(len(texts), generator=self._generator))
@@ -144,10 +148,10 @@ class Network(nn.Module):  # type: ignore[misc]
             for place in torch.randperm(len(batches), generator=self._generator).tolist():
                 chosen = batches[place]
                 scores = self(_padded([texts[row] for row in chosen.tolist()]))
-                optimiser.zero_grad()
+                self.zero_grad()
                 functional.cross_entropy(scores, labels[chosen]).backward()
-                optimiser.step()
-                falling.step()
+                for one in (*optimisers, *falling):
+                    one.step()
         self.eval()
 
     def probabilities(self, texts: list[np.ndarray]) -> Float64[np.ndarray, "examples labels"]:

@@ -202,7 +202,7 @@ def _spread_out(
     progress: Callable[[int, int], None],
 ) -> list[Made]:
     # The BLAS of a forked child may hang; spawned ones start clean.
-    with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_ignore_interrupts) as pool:
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=ignore_interrupts) as pool:
         futures = [pool.submit(make_table, *one) for one in work]
         try:
             for done, _ in enumerate(as_completed(futures), 1):
@@ -213,7 +213,7 @@ def _spread_out(
             raise
 
 
-def _ignore_interrupts() -> None:
+def ignore_interrupts() -> None:
     """Leaves Ctrl-C to the parent."""
     import signal
 
