@@ -109,7 +109,9 @@ class Kept:
             held = [json.loads(line) for line in lines]
         except ValueError:
             held = []
-        if held and held[0] == settings and not str(settings.get("commit", "")).endswith(CHANGED):
+        self.goes_on = bool(held) and held[0] == settings and not str(settings.get("commit", "")).endswith(CHANGED)
+        """Whether an interrupted run is taken up."""
+        if self.goes_on:
             self.rows = held[1:]
         else:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ CMIF does not say which share of the vocabulary is rare: half is SanText+'s conv
 A word that is not sensitive is kept; SanText+ replaces some of them too, with a fixed probability, which has no finite ε.
 """
 
+import shutil
 import statistics
 import time
 from collections.abc import Iterator
@@ -25,9 +26,9 @@ from cloister.audit.rivals import Rival
 from cloister.bench.record import Record, commit
 from cloister.bench.sanitize import CMIF_ACCURACY, EPSILONS, Kept, attacks, ceiling
 from cloister.bench.sanitize_compare import HIT_KEYS, SEED_KEYS, SEEDS, lead, outcome
-from cloister.bench.sanitize_setting import MEMBERS, SMALL, Setting, limited, prepare, sanitised
+from cloister.bench.sanitize_setting import MEMBERS, SMALL, Reading, Setting, limited, prepare, sanitised
 from cloister.bench.sanitize_systems import CHANNEL, LARGE, MAIN, System, large, systems
-from cloister.bench.text_task import Corpus
+from cloister.bench.text_task import WORD_OR_MARK, Corpus, as_ids, joined
 from cloister.errors import SettingsError
 from cloister.privacy.published import low_frequency
 
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
     from cloister.bench.text_network import Voters
 
 TASK = "sst2"
-WORDS = 12_000
+READING = Reading(WORD_OR_MARK, 12_000)
+"""Nearly every word of the task, and punctuation, which is kept."""
 CMIF = "CMIF (published)"
 CONTENT = "every content word"
 SHARES = {"rarest half": 0.5, "rarest nine tenths": 0.9}
@@ -66,15 +68,20 @@ def run(data: Path, vectors: Path, split: str, smoke: bool, out: Path, console: 
         SettingsError: a file is absent or of another form, or torch is not installed.
     """
     epsilons, seeds, again = ((1.0,), 1, 1) if smoke else (EPSILONS, SEEDS, RETRAINED_SEEDS)
-    setting = prepare(data, vectors, (TASK,), split, smoke, console, WORDS)
+    setting = prepare(data, vectors, (TASK,), split, smoke, console, READING)
     settings: dict[str, Any] = {
         "data": data.name, "vectors": vectors.name, "split": split, "words": len(setting.words), "epsilons": list(epsilons),
         "seeds": seeds, "seeds trained sanitised": again, "members": [SMALL, MEMBERS], "smoke": smoke,
     }  # fmt: skip
-    kept = Kept(out / ".sanitize-network-rows.jsonl", settings | {"commit": commit()})
+    folder = out / ".sanitize-network"
+    kept = Kept(folder / "rows.jsonl", settings | {"commit": commit()})
     one, ratings = setting.tasks[0], _ratings(setting.words)
     started = time.monotonic()
-    clean = _train(one.train_ids, one.task.train, setting, ratings, 0)
+    if not kept.goes_on:
+        for file in folder.glob(".*.npz"):
+            file.unlink()
+    source = joined([one.task.train, *([one.task.validation] if split == "test" else [])])
+    clean = _train(as_ids(source.words, setting.words), source, setting, ratings, 0, folder)
     level = float(clean.right(one.target_ids, one.target).mean())
     console.print(f"four voters: {level:.4f} on clean text, trained in {time.monotonic() - started:.0f} s")
     for row, part, system in _jobs(setting, epsilons):
@@ -93,7 +100,7 @@ def run(data: Path, vectors: Path, split: str, smoke: bool, out: Path, console: 
     details = {" ".join(str(row[key]) for key in KEYS): row.pop(SEED_KEYS[0]) for row in kept.rows}
     for row in kept.rows:
         del row[HIT_KEYS[0]]
-    kept.path.unlink(missing_ok=True)
+    shutil.rmtree(folder)
     return Record("sanitize-network", kept.rows, facts, settings | {"seeds by row": details}, NOTE)
 
 
@@ -174,14 +181,16 @@ def _measure(voters: "list[Voters]", rival: Rival, setting: Setting) -> dict[str
     }
 
 
-def _train(ids: np.ndarray, source: Corpus, setting: Setting, ratings: np.ndarray, seed: int) -> "Voters":
+def _train(
+    ids: np.ndarray, source: Corpus, setting: Setting, ratings: np.ndarray, seed: int, kept: Path | None = None
+) -> "Voters":
     try:
         from cloister.bench.text_network import train
     except ImportError as error:
         raise SettingsError(
             f"The networks need the package {error.name}.", remedy="Install: pip install 'cloister[accelerator]'."
         ) from error
-    return train(ids, source, setting.tasks[0].features, ratings, seed)
+    return train(ids, source, setting.tasks[0].features, ratings, seed, kept)
 
 
 def _retrained(setting: Setting, ratings: np.ndarray, rival: Rival, count: int) -> "list[Voters]":

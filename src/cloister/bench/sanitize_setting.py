@@ -108,8 +108,24 @@ class Setting:
         }
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How texts are read."""
+
+    pattern: re.Pattern[str] = text_task.WORD
+    """What is a word; marks without a letter are kept by every mechanism."""
+    words: int = WORDS
+    """The size of the vocabulary, which stop words may enlarge."""
+
+
 def prepare(
-    data: Path, vectors: Path, names: tuple[str, ...], split: str, smoke: bool, console: Console, words: int = WORDS
+    data: Path,
+    vectors: Path,
+    names: tuple[str, ...],
+    split: str,
+    smoke: bool,
+    console: Console,
+    reading: Reading = Reading(),
 ) -> Setting:
     """Returns what all mechanisms share.
 
@@ -120,17 +136,19 @@ def prepare(
         split: The split to report on: `test`, or `validation` to choose options.
         smoke: Few words and examples.
         console: Is told the accuracies on clean text.
-        words: The size of the vocabulary, which stop words may enlarge.
+        reading: How texts are read.
 
     Raises:
         SettingsError: a file is absent or of another form.
     """
     if split not in SPLITS:
         raise SettingsError(f"There is no split {split!r}.", remedy=f"Splits: {', '.join(SPLITS)}.")
-    held = [text_task.read(data, name, SMOKE_EXAMPLES if smoke else None) for name in names]
-    texts = [sentence for one in held for sentence in _sentences(one.train)] + ([] if smoke else read_texts(data))
-    made = vocabulary(texts, read_vectors(vectors), SMOKE_WORDS if smoke else words, STOP_WORDS)
-    content = np.array([place for place, word in enumerate(made.words) if word not in STOP_WORDS])
+    held = [text_task.read(data, name, SMOKE_EXAMPLES if smoke else None, reading.pattern) for name in names]
+    texts = [sentence for one in held for sentence in _sentences(one.train)]
+    texts += [] if smoke else read_texts(data, reading.pattern)
+    made = vocabulary(texts, read_vectors(vectors), SMOKE_WORDS if smoke else reading.words, STOP_WORDS)
+    words = [(place, word) for place, word in enumerate(made.words) if word not in STOP_WORDS]
+    content = np.array([place for place, word in words if any(letter.isalpha() for letter in word)])
     lengths = np.linalg.norm(made.vectors, axis=1, keepdims=True)
     unit = (made.vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
     rarity = np.log((made.counts.sum() + 1) / (made.counts + 1))

@@ -5,6 +5,7 @@ information, reduced by a truncated SVD; Levy and Goldberg 2014), joined with pu
 Does not cover: embeddings of a large model. Labels are not used, and no text of a test split.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from cloister.bench.text_task import as_ids, words_of
+from cloister.bench.text_task import WORD, as_ids, words_of
 from cloister.errors import SettingsError
 
 WINDOW = 4
@@ -50,10 +51,10 @@ def read_vectors(path: Path, limit: int | None = None) -> tuple[tuple[str, ...],
         ) from error
 
 
-def read_texts(folder: Path) -> list[tuple[str, ...]]:
+def read_texts(folder: Path, pattern: re.Pattern[str] = WORD) -> list[tuple[str, ...]]:
     """Returns the words of the public text beside the tasks (`*/*.tokens`, WikiText's form), a sentence to each line."""
     lines = [
-        tuple(words_of(line.replace("<unk>", " ")))
+        tuple(words_of(line.replace("<unk>", " "), pattern))
         for path in sorted(folder.glob("*/*.tokens"))
         for line in path.read_text(encoding="utf-8").splitlines()
     ]

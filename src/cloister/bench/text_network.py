@@ -10,6 +10,7 @@ torch is imported with this module: import it when it is needed. Weights, order,
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,12 @@ class Voters:
 
 
 def train(
-    ids: task.Ids, source: task.Corpus, features: task.Features, ratings: Float32[np.ndarray, "words"], seed: int
+    ids: task.Ids,
+    source: task.Corpus,
+    features: task.Features,
+    ratings: Float32[np.ndarray, "words"],
+    seed: int,
+    kept: Path | None = None,
 ) -> Voters:
     """Returns voters trained on labelled texts.
 
@@ -70,13 +76,25 @@ def train(
         features: What the linear model sees; its vectors are the public ones.
         ratings: A public rating of each word, 0 where there is none.
         seed: Of everything random.
+        kept: Where the networks' weights are kept; those that are there already are taken, so the caller has to know that
+            they are of the same training.
     """
     texts, labels = split_texts(ids, source), torch.from_numpy(source.labels)
     networks = []
     for place, sort in enumerate(SORTS):
         generator = torch.Generator().manual_seed(2 * seed + place)
         network = Network(sort, features.vectors, ratings, int(source.labels.max()) + 1, generator)
-        network.fit(texts, labels)
+        file = kept / f".{sort}.npz" if kept else None
+        if file and file.exists():
+            with np.load(file, allow_pickle=False) as held:
+                network.load_state_dict({name: torch.from_numpy(held[name]) for name in held})
+            network.eval()
+        else:
+            network.fit(texts, labels)
+            if kept and file:
+                whole = {name: value.numpy() for name, value in network.state_dict().items()}
+                np.savez(kept / ".unfinished.npz", **whole)
+                (kept / ".unfinished.npz").replace(file)
         networks.append(network)
     rows = features.of(ids, source)
     weights = ratios(rows, source.labels)

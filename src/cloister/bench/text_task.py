@@ -27,6 +27,7 @@ REGULARISATION = 1.0
 """scikit-learn's default C."""
 ROUNDS = 300
 WORD = re.compile(r"n't|'(?:s|re|ve|ll|d|m)\b|[^\W\d_]+(?:-[^\W\d_]+)*")
+WORD_OR_MARK = re.compile(rf"{WORD.pattern}|[^\w\s]")
 TEST_SHARE, VALIDATION_SHARE = 5, 10
 """Where only one labelled file exists, every fifth example is for testing, and every tenth of all for validation."""
 
@@ -59,20 +60,23 @@ class Task:
     test: Corpus
 
 
-def words_of(text: str) -> list[str]:
-    """Returns the words of a text in lower case, as the Penn Treebank cuts them; numbers and punctuation are left out."""
-    return WORD.findall(text.lower().replace("n't", " n't"))
+def words_of(text: str, pattern: re.Pattern[str] = WORD) -> list[str]:
+    """Returns the words of a text in lower case, as the Penn Treebank cuts them; what the pattern lacks is left out.
+
+    `WORD` leaves out numbers and punctuation, `WORD_OR_MARK` numbers.
+    """
+    return pattern.findall(text.lower().replace("n't", " n't"))
 
 
-def corpus(examples: Iterable[Example]) -> Corpus:
-    """Returns examples as a corpus."""
+def corpus(examples: Iterable[Example], pattern: re.Pattern[str] = WORD) -> Corpus:
+    """Returns examples as a corpus of what the pattern finds."""
     words: list[str] = []
     owner: list[int] = []
     second: list[bool] = []
     labels: list[int] = []
     for number, (*texts, label) in enumerate(examples):
         for place, text in enumerate(texts):
-            found = words_of(str(text))
+            found = words_of(str(text), pattern)
             words += found
             owner += [number] * len(found)
             second += [place == 1] * len(found)
@@ -93,8 +97,8 @@ def joined(parts: Sequence[Corpus]) -> Corpus:
     )
 
 
-def read(folder: Path, name: str, limit: int | None = None) -> Task:
-    """Returns a task from the folder of all tasks, of every split at most `limit` examples.
+def read(folder: Path, name: str, limit: int | None = None, pattern: re.Pattern[str] = WORD) -> Task:
+    """Returns a task from the folder of all tasks, of every split at most `limit` examples, as what the pattern finds.
 
     Raises:
         SettingsError: the task is unknown, a file is absent or has another form.
@@ -109,7 +113,7 @@ def read(folder: Path, name: str, limit: int | None = None) -> Task:
         ) from error
     if not all(splits):
         raise SettingsError(f"A split of {folder / name} is empty.", remedy="Give the published files.")
-    train, validation, test = (corpus(split) for split in splits)
+    train, validation, test = (corpus(split, pattern) for split in splits)
     return Task(name, any(second for _, second, _ in splits[0]), train, validation, test)
 
 
