@@ -107,6 +107,8 @@ def test_one_that_is_killed_is_started_again_and_everything_is_drawn_and_charged
         assert leaked(engine) == []
         after = privacy(running)
         assert after["sanitiser"]["restarts"] == 1
+        with urllib.request.urlopen(f"{running.url}/metrics") as metrics:
+            assert b"cloister_sanitiser_restarts_total 1\n" in metrics.read()
         assert after["sanitiser"]["policy_sha256"] == before["sanitiser"]["policy_sha256"]
         assert after["budget"] == before["budget"]
         for drawn in ("spans", "pseudonyms"):
@@ -122,7 +124,7 @@ def test_one_that_ends_again_and_again_is_left_alone(asked: Asked, begin: Begin)
         running = begin(guard)
         assert running.engine is not None
         kill(guard)
-        until(lambda: guard.describe()["restarts"] == 1)  # nobody had asked it anything
+        until(lambda: guard.restarts == 1)  # nobody had asked it anything
         assert post(running, ASK)[0] == 200
         running.engine.forget()
         kill(guard)
@@ -138,7 +140,7 @@ def test_a_sealed_table_whose_key_is_not_released_again_ends_it(asked: Asked, se
     allow(owner)
     with restarting(asked, model=str(sealed.folder), candidates="") as guard:
         kill(guard)
-        until(lambda: guard.describe()["restarts"] == 1)
+        until(lambda: guard.restarts == 1)
         guard.protect("default", ASKED)
         with Store.open(owner) as store:
             store.revoke(1, NOW)

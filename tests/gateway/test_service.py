@@ -5,6 +5,11 @@ import os
 import threading
 from typing import Any
 
+import pytest
+
+from cloister.errors import EnclaveBusyError, EnclaveLostError, EngineUnreachableError
+from cloister.gateway.enclave_engine import WAITING, EnclaveEngine
+from cloister.gateway.engine import EngineRequest
 from cloister.gateway.http import EngineClient
 from cloister.gateway.service import Gateway, GatewaySettings
 from cloister.gateway.text_engine import TextEngine
@@ -21,6 +26,8 @@ class BusyGuard:
     def __init__(self) -> None:
         self.begun = threading.Semaphore(0)
         self.go_on = threading.Event()
+
+    restarts = 0
 
     def open_session(self, session: str) -> None:
         pass
@@ -63,5 +70,56 @@ def test_prompts_keep_no_report_and_no_evidence_waiting() -> None:
             await service.close()
             ended = await asyncio.gather(*prompts, return_exceptions=True)
         assert all(isinstance(one, RuntimeError | asyncio.CancelledError) for one in ended)
+
+    asyncio.run(busy())
+
+
+class SlowEnclave:
+    """An enclave that answers nothing until it is told to, and then fails."""
+
+    info = None
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.go_on = threading.Event()
+
+    def chat(self, messages: object, *, adapter: str = "", **sampling: object) -> Any:
+        self.asked += 1
+        self.go_on.wait(60)
+        raise EnclaveLostError("It is gone.")
+
+    generate = chat
+
+    def cancel(self) -> None:
+        pass
+
+    def attest(self, nonce: bytes) -> Any:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+def test_requests_that_wait_for_an_enclave_are_bounded_too() -> None:
+    async def busy() -> None:
+        enclave = SlowEnclave()
+        engine = EnclaveEngine(enclave, "demo")
+        request = EngineRequest(messages=({"role": "user", "content": "x"},))
+        asked = [asyncio.ensure_future(anext(engine.generate(request))) for _ in range(WAITING + 1)]
+        await asyncio.sleep(0.1)
+        try:
+            with pytest.raises(EnclaveBusyError, match="64 other requests wait"):
+                await anext(engine.generate(request))
+            asked[-1].cancel()
+            await asyncio.wait(asked[-1:])
+            waiting = asyncio.ensure_future(anext(engine.generate(request)))
+            await asyncio.sleep(0.1)
+            assert not waiting.done()  # it got the place of the one who left
+        finally:
+            enclave.go_on.set()
+        ended = await asyncio.gather(*asked[:-1], waiting, return_exceptions=True)
+        assert all(isinstance(one, EngineUnreachableError) for one in ended)
+        assert enclave.asked == WAITING + 1  # nothing was asked for who had left
+        await engine.close()
 
     asyncio.run(busy())

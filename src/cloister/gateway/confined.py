@@ -43,6 +43,11 @@ class ConfinedGuard:
         self._ready = ready
         self._end = end
 
+    @property
+    def restarts(self) -> int:
+        """See `Guard`: never."""
+        return 0
+
     def open_session(self, session: str) -> None:
         """See `Guard`."""
         self._prompts.ask(OpenSession(session), Done, SECONDS)

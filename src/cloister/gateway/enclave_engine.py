@@ -1,6 +1,7 @@
 """The back-end for a Cloister enclave: prompts go there as they are, since that is what an enclave is for.
 
-Covers: one generation at a time, several choices one after another, a client that goes away, receipts, evidence for clients.
+Covers: one generation at a time, a bounded queue before it, several choices one after another, a client that goes away,
+receipts, evidence for clients.
 Assumes: the enclave is verified before anything is sent to it (`local.remote` does that on every connection). On a plain
 machine it is the software stand-in, which is separate but not protected from the host; `describe` and its evidence say so.
 """
@@ -20,6 +21,7 @@ from cloister.errors import (
     AttestationError,
     ChannelError,
     CloisterError,
+    EnclaveBusyError,
     EnclaveLostError,
     EngineProtocolError,
     EngineUnreachableError,
@@ -39,6 +41,9 @@ OPTIONS: Final[Mapping[str, str]] = {
 
 REASONS: Final[Mapping[str, str]] = {"length": "length"}
 """Why a generation ended, where it is not `stop`."""
+
+WAITING: Final = 64
+"""Requests that wait behind the one that is answered; further ones are refused."""
 
 KEPT_RECEIPTS: Final = 256
 """How many receipts can still be asked for; they hold prompts and answers, in memory only."""
@@ -99,6 +104,7 @@ class EnclaveEngine:
         self._name = model
         self._address = address
         self._kept: OrderedDict[str, KeptReceipt] = OrderedDict()
+        self._requests = 0
         self._reader = ThreadPoolExecutor(1, "enclave")  # one thread: one generation at a time, each read to its end
 
     @property
@@ -137,6 +143,21 @@ class EnclaveEngine:
         if request.top_logprobs is not None:
             raise RequestError("Log-probabilities are not given out by the enclave.", remedy="Leave `logprobs` out.")
         sampling = self._sampling(request)
+        if self._requests > WAITING:
+            raise EnclaveBusyError(
+                f"{WAITING} other requests wait for the enclave. Nothing was sent.",
+                remedy="Ask again later.",
+                retry_seconds=10.0,
+            )
+        self._requests += 1
+        try:
+            async for delta in self._choices(request, sampling):
+                yield delta
+        finally:
+            self._requests -= 1
+
+    async def _choices(self, request: EngineRequest, sampling: dict[str, Any]) -> AsyncIterator[Delta]:
+        """Yields the answers, one choice after another."""
         prompt_tokens = completion_tokens = 0
         receipts: list[dict[str, Any]] = []
         for index in range(request.choices):

@@ -14,6 +14,10 @@ from cloister.wire.sanitising import Protected
 class Guard(Protocol):
     """Says what may be sent. Its calls block, and may come from several threads."""
 
+    @property
+    def restarts(self) -> int:
+        """How often it was started again."""
+
     def open_session(self, session: str) -> None:
         """Opens or resumes a session in the ledger.
 

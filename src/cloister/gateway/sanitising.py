@@ -66,6 +66,11 @@ class PromptGuard:
         self._sessions: dict[str, Sanitiser] = {}
         self._opening = threading.Lock()
 
+    @property
+    def restarts(self) -> int:
+        """See `Guard`: never."""
+        return 0
+
     def open_session(self, session: str) -> None:
         """See `Guard`."""
         self._session(session)

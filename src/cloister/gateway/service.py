@@ -183,6 +183,12 @@ class Gateway:
         ):
             lines += [f"# HELP cloister_{name}_total {about}", f"# TYPE cloister_{name}_total counter"]
             lines.append(f"cloister_{name}_total {self._counts[name]}")
+        if self._guard is not None:
+            for name, kind, value in (
+                ("prompts_waiting", "gauge", self._prompts.waiting),
+                ("sanitiser_restarts_total", "counter", self._guard.restarts),
+            ):
+                lines += [f"# TYPE cloister_{name} {kind}", f"cloister_{name} {value}"]
         lines += ["# HELP cloister_tokens_total Tokens, by direction.", "# TYPE cloister_tokens_total counter"]
         lines += [f'cloister_tokens_total{{direction="{way}"}} {n}' for way, n in sorted(self._tokens.items())]
         return "\n".join(lines) + "\n"

@@ -106,6 +106,11 @@ class RestartingGuard:
         """The enclave that runs, or ran last."""
         return self._enclave
 
+    @property
+    def restarts(self) -> int:
+        """See `Guard`."""
+        return self._restarts
+
     def open_session(self, session: str) -> None:
         """See `Guard`."""
         self._ask(lambda guard: guard.open_session(session))
