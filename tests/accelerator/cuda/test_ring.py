@@ -177,36 +177,64 @@ def test_an_order_for_another_weight_is_refused_by_the_device(rng: np.random.Gen
         served.consumer.close()
 
 
-@pytest.mark.parametrize(("nodes", "steps"), [(1, 128), (3, 43), (129, 2)])
-def test_enough_is_enqueued_however_short_a_step_is(nodes: int, steps: int) -> None:
-    """The host looks after a device only every now and then: a step of two products would be over long before."""
+class Counting:
+    """A program that ends nothing until it is drained."""
 
-    class Waiting:
-        launched = 0
+    nodes = 3
+    steps_ahead = 43
 
-        def __init__(self) -> None:
-            self.nodes = nodes
+    def __init__(self) -> None:
+        self.launched = 0
+        self._ended = 0
 
-        def launch(self, first: int = 0) -> None:
-            self.launched += 1
+    def launch(self, first: int = 0) -> None:
+        self.launched += 1
 
-        def unfinished(self) -> int:
-            return self.launched
+    def unfinished(self) -> int:
+        return self.launched - self._ended
 
-        def drain(self) -> None:
-            return None
+    def drain(self) -> None:
+        self._ended = self.launched
 
-        def close(self) -> None:
-            return None
+    def close(self) -> None:
+        return None
 
+
+def test_as_many_steps_are_enqueued_as_the_device_wants_and_none_for_work_elsewhere() -> None:
     ring, _ = alone()
-    program = Waiting()
+    program = Counting()
     consumer = Consumer(ring, program, no_failure)
     deadline = time.monotonic() + SECONDS
-    while program.launched < steps and time.monotonic() < deadline:
+    while program.launched < 43 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    for _ in range(3):
+        with consumer.paused():
+            assert program.unfinished() == 0
+    for _ in range(200):  # one after the other, as fast as a prompt's products could come
+        with consumer.paused():
+            pass
+    assert program.launched == 43
+    ring.store(REQUESTED, 1)
+    while program.launched == 43 and time.monotonic() < deadline:
         time.sleep(0.001)
     consumer.close()
-    assert program.launched == steps
+    assert program.launched > 43
+
+
+def test_a_short_step_is_enqueued_more_often() -> None:
+    """The host looks after a GPU every fifth of a millisecond: two steps of two products would be over long before."""
+    pytest.importorskip("triton", reason="triton is not installed: the GPU kernels are not tested")
+    from cloister.accelerator.cuda.runtime import InterpreterRuntime
+    from cloister.accelerator.cuda.triton_device import TritonDevice
+
+    steps = []
+    for products in (0, 128):
+        runtime = InterpreterRuntime()
+        runtime.products_ahead = products
+        device, layout = TritonDevice(runtime), Layout.of(SHAPES)
+        weights = [device.prepare(np.zeros(shape, np.int8)) for shape in SHAPES]
+        steps.append(device.program(Ring(np.zeros(layout.words, np.int32), layout), weights, 4).steps_ahead)
+    assert steps == [2, 43]
 
 
 def test_a_device_that_fails_says_so() -> None:
@@ -215,6 +243,7 @@ def test_a_device_that_fails_says_so() -> None:
 
     class BrokenProgram:
         nodes = 1
+        steps_ahead = 2
 
         def launch(self, first: int = 0) -> None:
             raise Broken

@@ -3,7 +3,8 @@
 The host does nothing per product. It enqueues whole steps ahead; the device waits for each order by itself. After a
 while without orders the device is told to stop (a waiting kernel would spin for ever) and the host watches the ring
 instead, until the next order. `paused` does the same for work outside the ring: the driver may wait for the whole device
-when it loads a kernel or locks memory, and a device that waits for an order would never let it.
+when it loads a kernel or locks memory, and a device that waits for an order would never let it. The device comes back with the
+next order.
 """
 
 import contextlib
@@ -14,12 +15,6 @@ from typing import Final
 
 from cloister.accelerator.cuda.device import Program
 from cloister.accelerator.cuda.ring import ANSWERED, REQUESTED, STOP, Ring
-
-AHEAD: Final = 2
-"""Steps that are enqueued and not ended, at least."""
-
-PRODUCTS_AHEAD: Final = 128
-"""Products that are enqueued and not ended, at least: enough for several looks of the host, however short a step is."""
 
 IDLE_SECONDS: Final = 2.0
 """How long a device waits for an order before it is let go."""
@@ -46,12 +41,12 @@ class Consumer:
         self._program = program
         self._on_failure = on_failure
         self._idle_seconds = idle_seconds
-        self._ahead = max(AHEAD, -(-PRODUCTS_AHEAD // program.nodes))
         self._answered = ring.load(ANSWERED)
         self._position = 0
         self._wanted = threading.Event()
         self._wanted.set()
         self._away = threading.Event()
+        self._called = threading.Event()
         self._closing = False
         self.rests = 0
         """How often the device was let go."""
@@ -61,8 +56,9 @@ class Consumer:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Keeps the device free of this ring meanwhile; orders wait."""
+        self._wanted.clear()  # first: whoever says that it is away from now on looks at this before it does anything else
         self._away.clear()
-        self._wanted.clear()
+        self._called.set()
         while not self._away.wait(0.1) and self._thread.is_alive():
             pass
         try:
@@ -75,6 +71,7 @@ class Consumer:
         if self._closing:
             return
         self._closing = True
+        self._called.set()
         self._wanted.set()
         self._thread.join()
         self._program.close()
@@ -84,10 +81,12 @@ class Consumer:
             while not self._closing:
                 if self._wanted.is_set():
                     self._serve()
-                    self._rest()
+                    self.rests += 1
                 else:
+                    self._called.clear()
                     self._away.set()
-                    self._wanted.wait()
+                    self._wanted.wait(_REST_SECONDS)  # then says so again: two pauses may follow each other unseen
+                self._rest()  # also after work elsewhere: a prompt has many such products, and none is worth a step
         except Exception as error:  # whatever the driver raises: nothing else would tell anyone
             self._on_failure(error)
 
@@ -100,7 +99,7 @@ class Consumer:
             program.launch(self._position)
         quiet_since = time.monotonic()
         while self._active() and time.monotonic() - quiet_since < self._idle_seconds:
-            while program.unfinished() < self._ahead:
+            while program.unfinished() < program.steps_ahead:
                 program.launch()
             time.sleep(_TICK_SECONDS)
             if self._advance() or ring.load(REQUESTED) != self._answered:
@@ -110,9 +109,8 @@ class Consumer:
 
     def _rest(self) -> None:
         """Waits until something is asked."""
-        self.rests += 1
         while self._active() and self._ring.load(REQUESTED) == self._ring.load(ANSWERED):
-            time.sleep(_REST_SECONDS)
+            self._called.wait(_REST_SECONDS)
 
     def _active(self) -> bool:
         return self._wanted.is_set() and not self._closing

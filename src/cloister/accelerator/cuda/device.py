@@ -18,6 +18,11 @@ class Program(Protocol):
         """How many products one step has."""
         ...
 
+    @property
+    def steps_ahead(self) -> int:
+        """How many steps are to be enqueued and not ended, so that the device always has one."""
+        ...
+
     def launch(self, first: int = 0) -> None:
         """Enqueues the products from `first` to the last; returns at once. They run after everything launched before."""
         ...

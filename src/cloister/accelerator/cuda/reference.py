@@ -45,6 +45,11 @@ class ReferenceProgram:
         """How many products one step has."""
         return len(self._weights)
 
+    @property
+    def steps_ahead(self) -> int:
+        """How many steps are to be enqueued."""
+        return 2
+
     def launch(self, first: int = 0) -> None:
         """Enqueues a step."""
         if self._thread is None:

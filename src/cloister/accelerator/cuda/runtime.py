@@ -20,6 +20,9 @@ Action = Callable[[], None]
 _PORTABLE_AND_MAPPED: Final = 3
 """Flags of cudaHostRegister: visible to every context, and mapped into the device's addresses."""
 
+_PRODUCTS_AHEAD: Final = 128
+"""Some milliseconds of decoding; of a model with few layers that is many steps."""
+
 
 @runtime_checkable
 class Recording(Protocol):
@@ -46,6 +49,8 @@ class Runtime(Protocol):
     name: str
     capability: tuple[int, int]
     multiprocessors: int
+    products_ahead: int
+    """Products that are to be enqueued, at least: the host looks after them only every now and then."""
 
     def pin(self, memory: np.ndarray) -> bool:
         """Returns whether `memory` is now locked and mapped into the device's addresses."""
@@ -108,6 +113,7 @@ class InterpreterRuntime:
         self.name = "Triton's interpreter (simulated on the CPU)"
         self.capability = capability
         self.multiprocessors = multiprocessors
+        self.products_ahead = 0  # each takes milliseconds
 
     def pin(self, memory: np.ndarray) -> bool:
         """Has nothing to do: the interpreter reaches all memory."""
@@ -181,6 +187,7 @@ class CudaRuntime:
         self.name = f"cuda {properties.name}"
         self.capability = (properties.major, properties.minor)
         self.multiprocessors = properties.multi_processor_count
+        self.products_ahead = _PRODUCTS_AHEAD
         torch.cuda.set_device(self.device)
 
     def pin(self, memory: np.ndarray) -> bool:

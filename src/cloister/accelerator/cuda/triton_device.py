@@ -17,6 +17,9 @@ from cloister.errors import AcceleratorError
 _FETCH_BLOCK: Final = 4096
 """Words that one program fetches at a time: 16 KiB, one trip over PCIe."""
 
+_STEPS_AHEAD: Final = 2
+"""Steps that are enqueued, at least."""
+
 _MOST_FETCHERS: Final = 8
 """Programs that wait for an order and fetch rows; each polls the doorbell."""
 
@@ -46,6 +49,7 @@ class TritonProgram:
             self._products.reserve(weight, most_rows)
         actions = [self._node(index, weight, most_rows) for index, weight in enumerate(weights)]
         self.nodes = len(actions)
+        self.steps_ahead = max(_STEPS_AHEAD, -(-runtime.products_ahead // self.nodes))
         ring.store(STOP, 1)  # compiles every kernel: a stopped step waits for nothing and writes nothing
         for action in actions:
             action()
