@@ -272,11 +272,10 @@ def sanitising() -> str:
         "uniform %": "the best attack, %, all words equally frequent",
         "attack %": "the best attack, %, by one who knows the words' frequencies in this text",
     }
-    parts += [_by_epsilon(record["rows"], tasks[0], key, title) for key, title in titles.items()]
+    by_task = {task: [row for row in record["rows"] if row["task"] == task] for task in tasks}
+    parts += [_by_epsilon(by_task[tasks[0]], key, title) for key, title in titles.items()]
     parts += [
-        _by_epsilon(
-            record["rows"], task, "trained sanitised", f"{task}: accuracy, %, classifier trained on sanitised text"
-        )
+        _by_epsilon(by_task[task], "trained sanitised", f"{task}: accuracy, %, classifier trained on sanitised text")
         for task in tasks[1:]
     ]
     epsilons = [f"ε = {epsilon:g}" for epsilon in record["settings"]["epsilons"]]
@@ -303,6 +302,39 @@ def sanitising() -> str:
     return "\n\n".join([*parts, _table(others, 2)])
 
 
+def sanitising_networks() -> str:
+    """Returns the tables of SST-2 with neural networks: what is sensitive, accuracy and attack by ε, leads."""
+    path = ROOT / "bench" / "results" / "sanitize-network.json"
+    if not path.exists():
+        return "No record yet: run `cloister bench sanitize --classifier network`."
+    record = json.loads(path.read_text())
+    machine, facts = record["machine"], record["facts"]
+    parts = [
+        f"`{record['command']}` on {machine['cores']} cores of {machine['processor'] or 'a processor'}, commit "
+        f"`{machine['commit']}`, {record['time'][:10]}. On clean text: {100 * facts['clean accuracy']:.1f} %; a linear "
+        f"classifier alone: {100 * facts['clean accuracy, linear']:.1f} %."
+    ]
+    for sensitive in dict.fromkeys(row["sensitive"] for row in record["rows"]):
+        own = [row for row in record["rows"] if row["sensitive"] == sensitive]
+        for row in own:
+            row["mechanism"] += ", trained on sanitised text" if row["trained"] == "sanitised" else ""
+        title = f"{sensitive} ({own[0]['replaced %']:.0f} % of the words replaced): accuracy, %"
+        parts.append(_by_epsilon(own, "accuracy", title))
+        own = [row for row in own if row["trained"] == "clean"]
+        parts.append(_by_epsilon(own, "uniform %", f"{sensitive}: the best attack, %, all words equally frequent"))
+        parts.append(_by_epsilon(own, "exact ε", f"{sensitive}: exact ε"))
+    epsilons = record["settings"]["epsilons"]
+    leads = []
+    for key, value in facts.items():
+        sensitive, _, name = key.partition(": ")
+        if name:
+            values = value.split(", ")
+            columns = [f"ε = {epsilon:g}" for epsilon in (epsilons if len(values) > 1 else [1.0])]
+            leads.append({"sensitive": sensitive, "lead, points": name, **dict(zip(columns, values, strict=True))})
+    leads.sort(key=lambda line: len(line), reverse=True)
+    return "\n\n".join([*parts, "Leads in points, with 95 % confidence intervals:", _table(leads, 2)])
+
+
 def restoring() -> str:
     """Returns the table of what restoring gives back."""
     path = ROOT / "bench" / "results" / "restoring.json"
@@ -312,14 +344,16 @@ def restoring() -> str:
     return f"{_table(record['rows'])}\n\n`{record['command']}`, commit `{record['machine']['commit']}`."
 
 
-def _by_epsilon(rows: list[dict[str, Any]], task: str, key: str, title: str) -> str:
+def _by_epsilon(rows: list[dict[str, Any]], key: str, title: str) -> str:
     """Returns one row per mechanism and one column per ε."""
     held: dict[str, dict[str, object]] = {}
     for row in rows:
-        if row["task"] == task:
-            line = held.setdefault(row["mechanism"], {title: row["mechanism"]})
-            line[f"ε = {row['ε']:g}"] = f"{row[key] * (1 if key.endswith('%') else 100):.1f}"
-    return _table(list(held.values()))
+        line = held.setdefault(row["mechanism"], {title: row["mechanism"]})
+        line[f"ε = {row['ε']:g}"] = (
+            f"{row[key] * (1 if key.endswith(('%', 'ε')) else 100):.{2 if key == 'exact ε' else 1}f}"
+        )
+    lines = sorted(held.values(), key=len, reverse=True)  # whole lines first: they have every column
+    return _table(lines)
 
 
 def _table(rows: list[dict[str, object]], words: int = 1) -> str:
@@ -350,6 +384,7 @@ BLOCKS = {
     "results": results,
     "attention": attention,
     "sanitising": sanitising,
+    "sanitising_networks": sanitising_networks,
     "restoring": restoring,
 }
 
