@@ -253,7 +253,7 @@ def test_an_over_long_prompt_is_refused_before_it_is_sent(start: Start) -> None:
 def test_a_prompt_that_is_far_too_long_is_not_even_charged(start: Start) -> None:
     running = start(Transport.TOKENS)  # the model's context is 512 there
     assert running.engine is not None
-    status, answer = post(running, {"messages": [{"role": "user", "content": "bluebird and the fox. " * 300}]})
+    status, answer = post(running, {"messages": [{"role": "user", "content": "bluebird and the fox. " * 600}]})
     assert (status, "Nothing was charged" in message(answer)) == (400, True)
     assert not running.engine.record
     with urllib.request.urlopen(f"{running.url}/v1/privacy") as report:

@@ -29,6 +29,8 @@ from cloister.wire.sanitising import (
 
 SECONDS: Final = 60.0
 """Longest wait for an answer, beside what a long prompt takes: for an enclave that hangs. One that dies is noticed at once."""
+REPORT_SECONDS: Final = 300.0
+"""Longest wait for a report or evidence: it keeps no prompt waiting, and a slow one is no reason to end the enclave."""
 BYTES_A_SECOND: Final = 2**14
 """What an enclave sanitises at least: far less than one slow core does."""
 
@@ -64,7 +66,7 @@ class ConfinedGuard:
 
     def report(self, session: str) -> dict[str, Any] | None:
         """See `Guard`."""
-        return self._reports.ask(AskReport(session), Report, SECONDS).figures
+        return self._reports.ask(AskReport(session), Report, REPORT_SECONDS).figures
 
     def describe(self) -> dict[str, Any]:
         """See `Guard`."""
@@ -78,7 +80,7 @@ class ConfinedGuard:
 
     def attestation(self, nonce: bytes) -> bytes | None:
         """See `Guard`."""
-        return self._reports.ask(AskEvidence(nonce), Shown, SECONDS).document
+        return self._reports.ask(AskEvidence(nonce), Shown, REPORT_SECONDS).document
 
     def alive(self) -> None:
         """See `Guard`."""

@@ -24,8 +24,8 @@ PUBLIC_TEXTS: Final = (
 )
 """What is sent to compare tokenizers and tables; it says nothing about the user."""
 
-MOST_LONGER: Final = 1.25
-"""A prompt longer than the context by this factor is refused before it is charged; sanitising changes lengths a little."""
+MOST_LONGER: Final = 4
+"""A prompt longer than the context by this factor is refused before it is charged: sanitising cannot shorten it so much."""
 
 MAX_FILE_BYTES: Final = MAX_ANSWER_BYTES // 2
 """Longest file of embeddings."""
@@ -53,8 +53,8 @@ class PromptMaker:
         texts = [str(message.get("content") or "") for message in request.messages] or [request.text]
         if request.chat and self._transport is not Transport.MIXED:
             _turns(request)
-        if sum(map(len, texts)) <= 2 * self._context:
-            return  # few languages have half as many tokens as characters
+        if sum(map(len, texts)) <= MOST_LONGER * self._context:
+            return  # there are hardly more tokens than characters
         tokens = sum(len(self._layer.tokenizer.encode(text, add_special_tokens=False)) for text in texts)
         if tokens > MOST_LONGER * self._context:
             raise RequestError(
