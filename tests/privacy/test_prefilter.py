@@ -206,9 +206,15 @@ def test_what_is_said_of_our_own_expressions_is_what_they_say() -> None:
     ("expression", "needs"),
     [
         (r"\b\d{3}-\d{2}\b", Needs(5, row=3, marks=((("-", 1),),), solid=True, least=6, longest=6, margin=1)),
-        (r"(?:[0-9a-f]{1,4}:){7}[0-9a-f]", Needs(marks=(((":", 7),),), solid=True, least=15, longest=36)),
+        (
+            r"(?:[0-9a-f]{1,4}:){7}[0-9a-f]",
+            Needs(marks=(((":", 7),),), run=re.compile("[0-9:a-f]{15}"), solid=True, least=15, longest=36),
+        ),
         (r"a\d|\d\d\d|7", Needs(1, row=1, solid=True, least=1, longest=3)),
-        (r"[A-Z]{6}\d{4}", Needs(4, row=4, beside_letters=True, run=10, solid=True, least=10, longest=10)),
+        (
+            r"[A-Z]{6}\d{4}",
+            Needs(4, 4, beside_letters=True, run=re.compile(r"[A-Z\d]{10}"), solid=True, least=10, longest=10),
+        ),
         (r"[a-z]-?\d", Needs(1, row=1, solid=True, least=2, longest=3)),
         (r"(?:a\d){2}", Needs(2, row=1, beside_letters=True, solid=True, least=4, longest=4)),
         (r"\d(?:\d\d){2} ?\d", Needs(6, row=5, least=6, longest=7)),
@@ -234,20 +240,22 @@ def test_needs_are_read_off_an_expression(expression: str, needs: Needs) -> None
 
 @settings(max_examples=300)
 @given(
-    st.text(st.sampled_from([*"0123456789" * 2, *"ab-: .\n_", "٣", "é", "\xa0"]), max_size=120),
+    st.text(st.sampled_from([*"0123456789" * 2, *"ab-: .\n_AK", "٣", "é", "\xa0", "\u212a"]), max_size=120),
     st.lists(
         st.sampled_from(
             [r"\d", r"\d{3}", r"\d{1,4}", r"\d*", "a", "[ab]{2}", "[ab0-9]", r"\w{2,4}", ":", r"\.", "-?", "[- ]", r"\s", ".",
              r"\b", r"(?!\d)", "(?<![a-b])", r"(?=\w)", r"(?:a\d|\d\d)", r"(?:\d:){2}", r"(?:-\d{2})+", r"(?:\d[ -]?){3}",
-             r"([ab\d])\1", r"\w{9}", r"(?:\d|\.)?", "[^a]", "(?:-|:){2}", r"(?:-\d|:){2}"]
+             r"([ab\d])\1", r"\w{9}", r"(?:\d|\.)?", "[^a]", "(?:-|:){2}", r"(?:-\d|:){2}", "[0-9A:]{9}", "[b-k.]{9}"]
         ),
         min_size=1, max_size=5,
     ),
+    st.sampled_from([re.NOFLAG, re.IGNORECASE]),
 )  # fmt: skip
-def test_stretches_hold_every_match(text: str, parts: list[str]) -> None:
-    pattern = re.compile("".join(part for place, part in enumerate(parts) if place == 0 or "\\1" not in part))
+def test_stretches_hold_every_match(text: str, parts: list[str], flags: re.RegexFlag) -> None:
+    expression = "".join(part for place, part in enumerate(parts) if place == 0 or "\\1" not in part)
+    pattern = re.compile(expression, flags)
     padded = f"{text}{'.' * 40} {'.' * 40}{text[::-1]}"
-    needs, digits = needs_of(pattern.pattern), Digits(padded)
+    needs, digits = needs_of(expression, int(flags)), Digits(padded)
     found = [m.span() for place in needs.stretches(digits) for m in pattern.finditer(padded, *place) if m.group()]
     assert found == [match.span() for match in pattern.finditer(padded) if match.group()]
     assert not found or next(worth([(needs.thresholds, True)], digits), False)

@@ -19,7 +19,10 @@ MOST_LOOKING: Final = 32
 """Characters around a match that its assertions may look at; of an expression that looks further, no length is said."""
 
 LONG_RUN: Final = 8
-"""A run of letters and digits that is longer is worth looking for."""
+"""A run of certain characters that is longer is worth looking for."""
+
+EQUAL_LETTERS: Final = "\u0130\u0131\u017f\u212a"
+"""What expressions without case may take for i, s and k."""
 
 MOST_LISTS: Final = 64
 """Lists of marks of which a match has one, at most."""
@@ -47,8 +50,8 @@ class _Part:
     digits: int = 0
     least: int = 0
     most: float = 0
-    words: bool = True
-    """Whether nothing but letters, digits and underscores is in it."""
+    alphabet: frozenset[str] | None = frozenset()
+    """The characters that can be in it, as parts of a set of an expression; None: any."""
     solid: bool = True
     """Whether no blank is in it."""
     pure: bool = True
@@ -72,7 +75,7 @@ class _Part:
             digits=self.digits + other.digits,
             least=self.least + other.least,
             most=self.most + other.most,
-            words=self.words and other.words,
+            alphabet=None if self.alphabet is None or other.alphabet is None else self.alphabet | other.alphabet,
             solid=self.solid and other.solid,
             pure=self.pure and other.pure,
             lead=self.lead + other.lead if self.pure else self.lead,
@@ -89,7 +92,7 @@ class _Part:
             digits=min(self.digits, other.digits),
             least=min(self.least, other.least),
             most=max(self.most, other.most),
-            words=self.words and other.words,
+            alphabet=None if self.alphabet is None or other.alphabet is None else self.alphabet | other.alphabet,
             solid=self.solid and other.solid,
             pure=self.pure and other.pure,
             lead=min(self.lead, other.lead),
@@ -128,12 +131,19 @@ class _Reader:
             row=part.row,
             beside_letters=part.beside,
             marks=tuple([tuple(sorted(marks.items())) for marks in part.marks]),
-            run=part.least if part.words and part.solid and part.least > LONG_RUN else 0,
+            run=self._run(part, bool(tree.state.flags & re.IGNORECASE)),
             solid=part.solid,
             least=part.least,
             longest=part.most,
             margin=self._margin,
         )
+
+    @staticmethod
+    def _run(part: _Part, without_case: bool) -> "re.Pattern[str] | None":
+        if not part.alphabet or not part.solid or part.least <= LONG_RUN:
+            return None
+        letters = "".join(sorted(part.alphabet)) + (EQUAL_LETTERS if without_case else "")
+        return re.compile(f"[{letters}]{{{part.least}}}", re.IGNORECASE if without_case else 0)
 
     def _sequence(self, items: Any) -> _Part:
         part = _EMPTY
@@ -152,7 +162,7 @@ class _Reader:
             case "MAX_REPEAT" | "MIN_REPEAT" | "POSSESSIVE_REPEAT":
                 least, most, body = argument
                 return _repeated(self._sequence(body), int(least), math.inf if str(most) == "MAXREPEAT" else int(most))
-            case "SUBPATTERN":
+            case "SUBPATTERN" if not argument[1] and not argument[2]:  # it has the flags of the whole
                 part = self._sequence(argument[3])
                 if argument[0] is not None:
                     self._captured[argument[0]] = part
@@ -226,7 +236,7 @@ def _character(items: Any) -> _Part:
         digits=int(digit),
         least=1,
         most=1,
-        words=_only(items, _is_word, "DIGIT", "WORD"),
+        alphabet=_alphabet(items),
         solid=_only(items, lambda c: not c.isspace(), "DIGIT", "WORD"),
         pure=digit,
         lead=int(digit),
@@ -236,6 +246,22 @@ def _character(items: Any) -> _Part:
         last=kind,
         marks=(Counter([mark] if mark else []),),
     )
+
+
+def _alphabet(items: Any) -> frozenset[str] | None:
+    """Returns a set of characters as parts of a set of an expression; None if that cannot be said."""
+    parts = set()
+    for kind, value in items:
+        match str(kind):
+            case "LITERAL":
+                parts.add(re.escape(chr(value)))
+            case "RANGE":
+                parts.add(f"{re.escape(chr(value[0]))}-{re.escape(chr(value[1]))}")
+            case "CATEGORY" if str(value) == "CATEGORY_DIGIT":
+                parts.add(r"\d")
+            case _:
+                return None
+    return frozenset(parts) or None
 
 
 def _only(items: Any, fits: Callable[[str], bool], *categories: str) -> bool:

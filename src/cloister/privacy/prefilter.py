@@ -21,7 +21,6 @@ LONG: Final = 14
 """Characters of a chunk that is worth a look though no digit is in it, at least."""
 
 _ROW: Final = re.compile(r"\d+")
-_RUN: Final = re.compile(r"\w+")
 _BLANKS: Final = b"\t\n\v\f\r\x1c\x1d\x1e\x1f"
 _PLAIN: Final = bytes.maketrans(b"123456789" + _BLANKS, b"0" * 9 + b" " * len(_BLANKS))
 
@@ -151,8 +150,8 @@ class Needs:
     """Whether a letter or underscore stands right beside a digit."""
     marks: tuple[tuple[tuple[str, int], ...], ...] = ((),)
     """Punctuation marks, each at least so many times: one of these lists."""
-    run: int = 0
-    """Length of the run of letters, digits and underscores that it lies in, at least; 0: it may hold other characters."""
+    run: "re.Pattern[str] | None" = None
+    """Found in it, if it is known: as many characters as it has at least, of those that it can have."""
     solid: bool = False
     """Whether no blank is in it."""
     least: int = 0
@@ -187,18 +186,15 @@ class Needs:
         text = digits.text
         if self.digits:
             found = [(start, stop) for start, stop, count in digits.chunks if count >= self.digits]
-        elif all(self.marks):
-            found = sorted({place for marks in self.marks for place in digits.chunks_with(marks[0][0])})
         elif self.least >= LONG:
             found = digits.long_chunks
+        elif all(self.marks):
+            found = sorted({place for marks in self.marks for place in digits.chunks_with(marks[0][0])})
         else:
             return [(0, len(text))]
         fitting = [place for place in found if place[1] - place[0] >= self.least and self._marked(text, *place)]
-        if self.run:
-            runs = [_RUN.findall(text, start, stop) for start, stop in fitting]
-            fitting = [
-                place for place, row in zip(fitting, runs, strict=True) if max(map(len, row), default=0) >= self.run
-            ]
+        if self.run is not None:
+            fitting = [place for place in fitting if self.run.search(text, *place) is not None]
         return joined(fitting, self.margin, len(text))
 
     def _marked(self, text: str, start: int, stop: int) -> bool:
