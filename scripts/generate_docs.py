@@ -323,14 +323,12 @@ def sanitising_networks() -> str:
         own = [row for row in own if row["trained"] == "clean"]
         parts.append(_by_epsilon(own, "uniform %", f"{sensitive}: the best attack, %, all words equally frequent"))
         parts.append(_by_epsilon(own, "exact ε", f"{sensitive}: exact ε"))
-    epsilons = record["settings"]["epsilons"]
     leads = []
     for key, value in facts.items():
         sensitive, _, name = key.partition(": ")
         if name:
-            values = value.split(", ")
-            columns = [f"ε = {epsilon:g}" for epsilon in (epsilons if len(values) > 1 else [1.0])]
-            leads.append({"sensitive": sensitive, "lead, points": name, **dict(zip(columns, values, strict=True))})
+            by_epsilon = {epsilon: points for points, epsilon in (part.split(" at ") for part in value.split(", "))}
+            leads.append({"sensitive": sensitive, "lead, points": name, **by_epsilon})
     leads.sort(key=lambda line: len(line), reverse=True)
     return "\n\n".join([*parts, "Leads in points, with 95 % confidence intervals:", _table(leads, 2)])
 
