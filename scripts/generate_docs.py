@@ -296,10 +296,33 @@ def sanitising() -> str:
             caps.append({"equal ε, another cap": name.replace(", other cap", ""), "points": value})
         elif ", equal attack" in name and task == tasks[0]:
             others.append({"equal attack": name.replace(", equal attack", ""), "points, at what rate": value})
-    parts += ["Leads in points, with 95 % confidence intervals over seeds and test examples:", _table(equal, 2)]
-    parts.append(_table(caps, 2))
+    parts += [
+        _interval_line(record),
+        _table([_verdict(line) for line in equal], 5),
+        "The same in points:",
+        _table(equal, 2),
+        *([_table(caps, 2)] if caps else []),
+    ]
     parts.append("The same at the success of the best attack that the other has, where it lies between ours:")
     return "\n\n".join([*parts, _table(others, 2)])
+
+
+def _interval_line(record: dict[str, Any]) -> str:
+    over = record["settings"].get("intervals", "draws alone")
+    return f"Who leads by more than the 95 % confidence interval of the lead, which is over {over}, at which ε:"
+
+
+def _verdict(line: dict[str, object]) -> dict[str, object]:
+    """Returns at which ε a line of leads ("+4.4±1.5") is ahead or behind by more than its interval."""
+    held: dict[str, list[str]] = {"channel leads": [], "neither": [], "the other leads": []}
+    for column, value in line.items():
+        if column.startswith("ε = "):
+            points, _, half = str(value).partition("±")
+            which = 1 if abs(float(points)) <= float(half or "inf") else 0 if float(points) > 0 else 2
+            held[list(held)[which]].append(column.removeprefix("ε = "))
+    return {key: value for key, value in line.items() if not key.startswith("ε")} | {
+        key: ", ".join(values) or "-" for key, values in held.items()
+    }
 
 
 def sanitising_networks() -> str:
@@ -330,7 +353,13 @@ def sanitising_networks() -> str:
             by_epsilon = {epsilon: points for points, epsilon in (part.split(" at ") for part in value.split(", "))}
             leads.append({"sensitive": sensitive, "lead, points": name, **by_epsilon})
     leads.sort(key=lambda line: len(line), reverse=True)
-    return "\n\n".join([*parts, "Leads in points, with 95 % confidence intervals:", _table(leads, 2)])
+    parts += [
+        _interval_line(record),
+        _table([_verdict(line) for line in leads], 5),
+        "The same in points:",
+        _table(leads, 2),
+    ]
+    return "\n\n".join(parts)
 
 
 def restoring() -> str:

@@ -27,7 +27,7 @@ from rich.console import Console
 from cloister.audit.rivals import Rival
 from cloister.bench import text_task as task
 from cloister.bench.record import CHANGED, Record, commit
-from cloister.bench.sanitize_compare import HIT_KEYS, SEED_KEYS, SEEDS, comparisons
+from cloister.bench.sanitize_compare import HIT_KEYS, INTERVALS, SEED_KEYS, SEEDS, comparisons
 from cloister.bench.sanitize_setting import MEMBERS, SMALL, Setting, TaskSetting, prepare, sanitised
 from cloister.bench.sanitize_systems import CHANNEL, EVERYWHERE, System, at_attack, large, systems
 from cloister.privacy import build as builder
@@ -72,6 +72,7 @@ def run(
     settings: dict[str, Any] = {
         "data": data.name, "vectors": vectors.name, "tasks": list(names), "split": split, "words": len(setting.words),
         "epsilons": list(epsilons), "seeds": seeds, "members": [SMALL, MEMBERS], "smoke": smoke, "CMIF reports": CMIF_ACCURACY,
+        "intervals": INTERVALS,
     }  # fmt: skip
     kept = Kept(out / ".sanitize-rows.jsonl", settings | {"commit": commit()})
     with nullcontext() if smoke else started_pool() as pool:

@@ -15,6 +15,8 @@ SEEDS = 5
 T_95 = {3: 4.303, 5: 2.776}
 """Student's t, by the number of seeds."""
 Z_95 = 1.96
+INTERVALS = "draws and test examples"
+"""What the intervals are over."""
 COMPARED = ("laplace_rnm", "CusText+", "SanText+")
 SEED_KEYS = ("seeds", "seeds trained sanitised")
 HIT_KEYS = ("hits", "hits trained sanitised")

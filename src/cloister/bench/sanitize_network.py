@@ -25,7 +25,7 @@ from cloister.audit import rivals
 from cloister.audit.rivals import Rival
 from cloister.bench.record import Record, commit
 from cloister.bench.sanitize import CMIF_ACCURACY, EPSILONS, Kept, attacks, ceiling
-from cloister.bench.sanitize_compare import HIT_KEYS, SEED_KEYS, SEEDS, lead, outcome
+from cloister.bench.sanitize_compare import HIT_KEYS, INTERVALS, SEED_KEYS, SEEDS, lead, outcome
 from cloister.bench.sanitize_setting import MEMBERS, SMALL, Reading, Setting, limited, prepare, sanitised
 from cloister.bench.sanitize_systems import CHANNEL, LARGE, MAIN, System, large, systems
 from cloister.bench.text_task import WORD_OR_MARK, Corpus, as_ids, joined
@@ -73,6 +73,7 @@ def run(data: Path, vectors: Path, split: str, smoke: bool, out: Path, console: 
     settings: dict[str, Any] = {
         "data": data.name, "vectors": vectors.name, "split": split, "words": len(setting.words), "epsilons": list(epsilons),
         "seeds": seeds, "seeds trained sanitised": again, "members": [SMALL, MEMBERS], "smoke": smoke,
+        "intervals": INTERVALS,
     }  # fmt: skip
     folder = out / ".sanitize-network"
     kept = Kept(folder / "rows.jsonl", settings | {"commit": commit()})
