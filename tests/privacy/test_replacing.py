@@ -26,6 +26,7 @@ from cloister.privacy.patterns import iban_is_valid, luhn_is_valid
 from cloister.privacy.randomness import Randomness
 from cloister.privacy.restore import Restorer, ReverseMap, Swap, restore
 from cloister.privacy.sanitiser import Sanitiser
+from cloister.privacy.words import WORD
 
 from .samplers import GAZETTEER, ListSampler
 
@@ -251,6 +252,47 @@ SECRETS = ("Anna", "Schmidt", "anna@firm.org", "Paris", "45,200", "4111 1111 111
 TEXT = (
     "Anna Schmidt (anna@firm.org) from Paris earns 45,200, pays with 4111 1111 1111 1111 and has asthma. ANNA'S here."
 )
+
+
+def test_words_found_elsewhere_are_looked_for_where_they_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = sanitiser(tmp_path)
+    pool = [
+        "Anna",
+        "anna",
+        "ANNA's",
+        "Schmidt’s",
+        "Mr Kumar",
+        "Kumar",
+        "kumar",
+        "asthma",
+        "Asthma",
+        "it's",
+        "Paris",
+        "5,000",
+        "é",
+        "(",
+        ", ",
+        "x",
+    ]
+    rng = np.random.default_rng(3)
+    extra = 0
+    for _ in range(60):
+        texts = [" ".join(rng.choice(pool, 8)) for _ in range(2)]
+        found = [guard._pieces(text, {}) for text in texts]
+        quick = guard._again(texts, found)
+        with monkeypatch.context() as everywhere:
+            everywhere.setattr(Memo, "may_hold_any", lambda self, words: True)
+            assert guard._again(texts, found) == quick
+        extra += sum(map(len, quick[0])) - sum(map(len, found))
+        guard.sanitise(texts)
+        for text, row in zip(texts, quick[0], strict=True):
+            rest = list(text)
+            for piece in row:
+                rest[piece.start : piece.stop] = "\0" * (piece.stop - piece.start)
+            assert set(WORD.findall("".join(rest))) <= quick[1]
+    assert extra > 0
 
 
 def test_nothing_that_was_found_is_sent(tmp_path: Path) -> None:

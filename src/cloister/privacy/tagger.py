@@ -90,6 +90,7 @@ class _Words:
 
     def __init__(self, matches: Iterable[re.Match[str]]) -> None:
         self._matches = list(matches)
+        self._texts = [match[0] for match in self._matches]
         self._made: dict[int, _Word] = {}
 
     def __len__(self) -> int:
@@ -103,8 +104,13 @@ class _Words:
 
     def unlike(self, known: Collection[str]) -> list[int]:
         """Returns which words are among the known ones in lower case, or more than letters in lower case."""
-        texts = [match[0] for match in self._matches]
-        return [place for place, text in enumerate(texts) if text in known or not (text.islower() and text.isalpha())]
+        return [
+            place for place, text in enumerate(self._texts) if text in known or not (text.islower() and text.isalpha())
+        ]
+
+    def capital(self, index: int) -> bool:
+        """Returns whether a word begins with a capital."""
+        return self._texts[index][0].isupper()
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,8 @@ class Tagger:
         """Returns the capitalised words from `index` on that belong together."""
         run: list[_Word] = []
         for place in range(index, len(words)):
+            if not words.capital(place):
+                break
             word = words[place]
             joined = not run or bool(_JOINED.match(text[run[-1].stop : word.start]))
             if not joined or (run and not self._continues(run, word)):
