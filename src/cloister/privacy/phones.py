@@ -9,6 +9,7 @@ without its prefixes is a row of its digits of a length and form that some regio
 
 import copy
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -130,7 +131,8 @@ def _types(metadata: Any) -> Iterable[Any]:
 
 def _number(digits: Digits, start: int, stop: int) -> _Number:
     text = digits.text
-    rows = [text[first:last] for first, last in digits.rows if start <= first < stop]
+    held = slice(bisect_left(digits.rows, (start, start)), bisect_left(digits.rows, (stop, stop)))
+    rows = [text[first:last] for first, last in digits.rows[held]]
     together = "".join(rows)
     places, place = [], 0
     for row in rows:
@@ -146,12 +148,12 @@ def _number(digits: Digits, start: int, stop: int) -> _Number:
 
 
 def _around(digits: Digits, numbers: Sequence[int]) -> list[Stretch]:
-    """Returns what stands around the numbers that begin at some places, extensions and all."""
+    """Returns what stands around the numbers that begin at some places, in order, extensions and all."""
     text = digits.text
     if _LONG_GAP.search(text):
         return [(0, len(text))]
     return [
         (max(0, start - REACH), min(len(text), stop + REACH))
         for start, stop, _ in digits.groups(REACH)
-        if any(start <= number < stop for number in numbers)
+        if bisect_left(numbers, start) < bisect_left(numbers, stop)
     ]
