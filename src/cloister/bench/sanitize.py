@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from multiprocessing import get_context
 from pathlib import Path
@@ -58,7 +58,7 @@ def run(
     Args:
         data: The folder that holds a folder for each task.
         vectors: A NumPy archive with `words` and `vectors`.
-        names: The tasks; the first is measured with every mechanism, the others with the main ones.
+        names: The tasks; the first is measured with other scales and caps too.
         split: `test`, or `validation` to choose options.
         smoke: A few hundred examples, one ε, one seed.
         out: Where rows are kept until the record is whole.
@@ -136,10 +136,15 @@ def _with_matched(setting: Setting, epsilon: float, kept: Kept) -> Iterator[Syst
     yield at_attack(setting, epsilon, attack / 100)
 
 
-def started_pool() -> Executor:
-    """Returns one process for each core."""
+@contextmanager
+def started_pool() -> Iterator[Executor]:
+    """Returns one process for each core; what they have not begun when the context ends is dropped."""
     # The BLAS of a forked child may hang; spawned ones start clean.
-    return ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"), builder.ignore_interrupts)
+    pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"), builder.ignore_interrupts)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _measure_all(

@@ -282,7 +282,7 @@ def sanitize(
     ],
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", help="Repeat for several; the first with every mechanism. Default: all five."),
+        typer.Option("--task", help="Repeat for several; the first with other scales and caps too. Default: all five."),
     ] = None,
     split: Annotated[str, typer.Option("--split", help="test, or validation to choose options on.")] = "test",
     classifier: Annotated[
