@@ -1,14 +1,13 @@
 """One draw per distinct span and session: the same secret always gets the same replacement, so noise never averages out.
 
 Covers: repeats within a prompt, across prompts and in the answers that a chat sends back.
-Guarantees: the table is keyed by a MAC (BLAKE2b with a key, RFC 7693, 256 bits) under a key of the session, over the type (word
-or name, identifier, value) and the normalised span, so it holds no span. Whether a name was taken for a person or for a place
-makes no second draw.
+Guarantees: the table is keyed by HMAC-SHA256 under a key of the session, over the type (word or name, identifier, value)
+and the normalised span, so it holds no span. Whether a name was taken for a person or for a place makes no second draw.
 Key and table live in memory only; `forget` drops both.
 Does not cover: a restart. It draws anew and the ledger charges anew, since two draws do tell more than one.
 """
 
-import hashlib
+import hmac
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ class Memo:
     """The replacements of one session."""
 
     def __init__(self) -> None:
-        self._keyed = hashlib.blake2b(key=os.urandom(32), digest_size=32)
+        self._key = os.urandom(32)
         self._table: dict[bytes, Remembered] = {}
         self._used: set[str] = set()
         self._seen: set[int] = set()  # Python's keyed hashes, 64 bits, of this process
@@ -37,12 +36,10 @@ class Memo:
         """Returns the key of a span: equal for equal spans, whatever their case and blanks."""
         plain = normalised(span)
         self._seen.add(hash(plain))
-        mac = self._keyed.copy()
-        mac.update(f"{type(label).__name__}\0{plain}".encode())
-        return mac.digest()
+        return hmac.digest(self._key, f"{type(label).__name__}\0{plain}".encode(), "sha256")
 
     def may_hold(self, span: str) -> bool:
-        """Returns False only if no such span was ever tagged: a quick look before the MAC."""
+        """Returns False only if no such span was ever tagged: a quick look before the HMAC."""
         return hash(normalised(span)) in self._seen
 
     def may_hold_any(self, words: Collection[str]) -> bool:
