@@ -22,6 +22,12 @@ def test_what_is_printed_can_be_connected_to(host: str) -> None:
             with accepted:
                 client.sendall(b"x")
                 assert accepted.recv(1) == b"x"
+                assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY), "small pieces leave at once"
+
+
+def test_a_name_of_both_families_is_taken_as_ipv4() -> None:
+    with listen("localhost", 0) as listener:
+        assert listener.family == socket.AF_INET
 
 
 def test_an_address_in_use_is_refused() -> None:

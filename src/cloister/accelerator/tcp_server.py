@@ -107,7 +107,6 @@ class AcceleratorServer:
     def _serve_client(self, sock: socket.socket) -> None:
         registry = Registry(self._multiplier, *self._limits)
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while self._serve_one(sock, registry):
                 pass
             _linger(sock)

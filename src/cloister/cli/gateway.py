@@ -291,18 +291,12 @@ def _check_exposure(host: str, key: str) -> None:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    # Connections inherit it. Without it an answer's second token waits 40 ms for the client to acknowledge the first, and
-    # asyncio sets it only where the socket names its protocol.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    from cloister.wire.tcp import bind
+
     try:
-        listener.bind((host, port))
+        return bind(host, port)
     except OSError as error:
-        listener.close()
         raise SettingsError(
             f"Cannot listen on {host}:{port}: {error.strerror}.",
             remedy="Stop what uses the port, or choose another --port.",
         ) from error
-    return listener

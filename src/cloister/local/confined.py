@@ -109,7 +109,6 @@ class ConfinedServer:
                 time.sleep(0.1)  # out of descriptors, or closed
                 continue
             with sock, suppress(OSError):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 socket.send_fds(self._ours, [b"connection"], [sock.fileno()])
 
