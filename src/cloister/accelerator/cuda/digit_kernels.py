@@ -11,27 +11,27 @@ long as a padded row of weights. What lies in the padding does not matter: the w
 
 import triton.language as tl
 
+from cloister.accelerator.cuda.arithmetic import CARRY, canonical, centred, plus, rotated, store_sum, tile_at
 from cloister.accelerator.cuda.jit import kernel, kernel_varying
-from cloister.accelerator.cuda.kernels import _CARRY, _canonical, _centred, _plus, _rotated
 
 
 @kernel
 def _joined(total, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Returns `sum_l 256^l total[4 r + l]` modulo P in [0, P), int32 `[ROWS, COLUMNS]`, for sums below 2^30 in absolute value."""
     bits = (tl.arange(0, 4 * ROWS) % 4 * 8)[:, None]
-    turned = _rotated(_canonical(total), bits)
+    turned = rotated(canonical(total), bits)
     pairs = tl.permute(
         tl.reshape(turned, (ROWS, 2, 2, COLUMNS)), (0, 3, 1, 2)
     )  # row, column, half of the digits, digit
     even, odd = tl.split(pairs)
-    low, high = tl.split(_plus(even, odd))
-    return _plus(low, high)
+    low, high = tl.split(plus(even, odd))
+    return plus(low, high)
 
 
 @kernel
 def store_digits(digits_ptr, place, x, stride, mask):  # type: ignore[no-untyped-def]
     """Writes the four digits of each element of `x` to `place`, `place + stride`, ... of int8 memory."""
-    z = (x + _CARRY) ^ _CARRY
+    z = (x + CARRY) ^ CARRY
     tl.store(digits_ptr + place, z.to(tl.int8), mask=mask)
     tl.store(digits_ptr + place + stride, (z >> 8).to(tl.int8), mask=mask)
     tl.store(digits_ptr + place + 2 * stride, (z >> 16).to(tl.int8), mask=mask)
@@ -92,20 +92,7 @@ def decode_digits(  # type: ignore[no-untyped-def]  # noqa: PLR0913
         r = tl.arange(0, ROWS)
         kept = (r < rows)[:, None] & (n < d_out)[None, :]
         target = out_ptr + tl.load(order_ptr + 1).to(tl.int64) * out_step + r[:, None] * d_out + n[None, :]
-        if SPLIT_K == 1:
-            tl.store(target, _centred(element), mask=kept)
-        else:
-            width = tl.num_programs(0) * BLOCK_N
-            place = parts_ptr + r.to(tl.int64)[:, None] * width + n[None, :]
-            tl.store(place + split * ROWS * width, element, mask=kept)
-            tl.debug_barrier()  # every thread's part is written before this program says that it has arrived
-            if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1:
-                tl.store(arrived_ptr + tile, 0)
-                summed = tl.full((ROWS, BLOCK_N), 0, tl.int32)
-                for other in range(SPLIT_K):
-                    part = tl.load(place + other * ROWS * width, mask=kept, other=0, cache_modifier=".cg")
-                    summed = _plus(summed, part)
-                tl.store(target, _centred(summed), mask=kept)
+        store_sum(element, target, kept, parts_ptr, arrived_ptr, ROWS, BLOCK_N, SPLIT_K)
 
 
 @kernel_varying("rows")
@@ -129,11 +116,9 @@ def prefill_digits(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     tiles_r = tl.cdiv(rows, BLOCK_R)
     tiles_n = tl.cdiv(d_out, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_r * tiles_n, tl.num_programs(0)):
-        group = tile // (GROUP_R * tiles_n)
-        in_group = tl.minimum(tiles_r - group * GROUP_R, GROUP_R)
-        inside = tile % (GROUP_R * tiles_n)
-        first_row = (group * GROUP_R + inside % in_group) * BLOCK_R
-        n = (inside // in_group) * BLOCK_N + tl.arange(0, BLOCK_N)
+        block_r, block_n = tile_at(tile, tiles_r, tiles_n, GROUP_R)
+        first_row = block_r * BLOCK_R
+        n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
         digit = 4 * first_row + tl.arange(0, 4 * BLOCK_R)
         digit_rows = digits_ptr + tl.minimum(digit, 4 * rows - 1).to(tl.int64)[:, None] * w_stride
         w_rows = w_ptr + tl.minimum(n, d_out - 1).to(tl.int64)[:, None] * w_stride
@@ -147,7 +132,7 @@ def prefill_digits(  # type: ignore[no-untyped-def]  # noqa: PLR0913
                 digits = tl.load(digit_rows + k, mask=k < w_stride, other=0)
                 w = tl.load(w_rows + k, mask=k < w_stride, other=0)
             total = tl.dot(digits, tl.trans(w), total, out_dtype=tl.int32)
-        element = _centred(_joined(total, BLOCK_R, BLOCK_N))
+        element = centred(_joined(total, BLOCK_R, BLOCK_N))
         r = first_row + tl.arange(0, BLOCK_R)
         target = out_ptr + r.to(tl.int64)[:, None] * d_out + n[None, :]
         tl.store(target, element, mask=(r < rows)[:, None] & (n < d_out)[None, :])
