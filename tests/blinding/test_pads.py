@@ -1,7 +1,9 @@
 """Pads are uniform, never shared, never reused; the pantry hands each out once and respects its budget."""
 
 import os
+import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from scipy import stats
 
 from cloister.arith.modulus import HALF, P
 from cloister.audit.uniformity import chi_square_p, kolmogorov_p, measure_uniformity
-from cloister.blinding import field
+from cloister.blinding import field, pads
+from cloister.blinding import pantry as pantry_module
 from cloister.blinding.kernels import field_elements
 from cloister.blinding.linear import LentLinear
 from cloister.blinding.mill import Mill
@@ -45,6 +48,21 @@ def test_small_and_large_draws_are_distinct_pieces_of_one_stream() -> None:
     assert abs(every).max() <= HALF
     assert np.unique(every).size > every.size - 20  # uniform values of 31 bits hardly ever meet
     assert measure_uniformity(every.reshape(1, -1)).uniform
+
+
+def test_a_draw_that_was_interrupted_leaves_nothing_that_a_pad_could_be_made_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(_stream: object, words: np.ndarray) -> None:
+        words[:] = 0
+        raise KeyboardInterrupt
+
+    source = PadSource()
+    with monkeypatch.context() as patched:
+        patched.setattr(pads, "_random", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            source.elements(1, 64)
+    assert source.elements(1, 64).all(), "rows under pads of zeros would leave as they are"
 
 
 def test_the_key_after_a_draw_does_not_lead_back_to_it() -> None:
@@ -166,6 +184,21 @@ def test_memory_of_used_pads_is_used_again_but_never_while_a_pad_holds_it(linear
     pantry.take(0, 32)
     pantry.stock(32)
     assert pantry._shelves[0].blocks[0][0].ctypes.data == first
+
+
+def test_a_pad_keeps_its_memory_also_where_python_counts_borrowed_references_otherwise(
+    linears: list[LentLinear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Since Python 3.14 a function that is called with a variable borrows it: `sys.getrefcount` returns one less."""
+    counts = SimpleNamespace(getrefcount=lambda array: sys.getrefcount(array) - 2)  # this function holds one itself
+    monkeypatch.setattr(pantry_module, "sys", counts)
+    stocked = Pantry(linears, 10**6, PadSource())
+    stocked.stock(32)
+    held = stocked.take(0, 32)
+    before = held._r.copy()
+    stocked.stock(32)
+    np.testing.assert_array_equal(held._r, before)
+    assert (stocked.take(0, 32)._r != before).any(), "two pads that are one pad"
 
 
 def test_threads_that_draw_at_the_same_time_never_share_a_piece_of_the_stream() -> None:

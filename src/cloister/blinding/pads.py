@@ -70,8 +70,9 @@ class PadSource:
                 self._draw(words)
                 return
             if words.size > self._ahead.size:
-                self._ahead = np.empty(_AHEAD, np.uint32)
-                self._draw(self._ahead)
+                drawn = np.empty(_AHEAD, np.uint32)
+                self._draw(drawn)
+                self._ahead = drawn  # only now: what an interrupted draw leaves is no pad
             words[:] = self._ahead[: words.size]
             self._ahead[: words.size] = 0
             self._ahead = self._ahead[words.size :]

@@ -27,10 +27,16 @@ Progress = Callable[[int, int], None]
 LATE_BATCH_TOKENS: Final = 16
 """Pads made at once when one is needed and none is left."""
 
-_ALONE: Final = 3
-"""References to an array that only its shelf holds: the tuple's, the local variable's, and the argument's."""
-
 Block = tuple[Int32[np.ndarray, "n d_in"], Int32[np.ndarray, "n outputs"]]
+
+
+def _references(block: Block) -> int:
+    """Returns how many references there are to one of a block's arrays, as this interpreter counts them: versions differ by one.
+
+    To be compared with what it returns for a block that nothing else refers to.
+    """
+    r, u = block
+    return max(sys.getrefcount(r), sys.getrefcount(u))
 
 
 class _Shelf:
@@ -75,11 +81,11 @@ class _Shelf:
         Fresh memory costs a page fault per 4 KiB, more than the product itself on some machines. A block is used again
         only when nothing refers to it any more: a pad in use holds views, and views hold their block.
         """
+        alone = _references((np.empty((0, 0), np.int32), np.empty((0, 0), np.int32)))
         while self.retired:
-            r, u = self.retired[0]
-            if sys.getrefcount(r) > _ALONE or sys.getrefcount(u) > _ALONE:
+            if _references(self.retired[0]) > alone:
                 return None
-            self.retired.popleft()
+            r, u = self.retired.popleft()
             if r.shape[0] == rows:
                 return r, u
         return None
