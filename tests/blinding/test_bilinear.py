@@ -12,6 +12,7 @@ from cloister.arith.modulus import HALF, P
 from cloister.arith.pair import pair_product_reference
 from cloister.arith.team import Team
 from cloister.audit.uniformity import measure_uniformity
+from cloister.blinding import bilinear
 from cloister.blinding import bilinear_reference as slow
 from cloister.blinding.bilinear import (
     VALUE_LEVELS,
@@ -193,6 +194,30 @@ def test_a_row_is_sent_as_the_same_bytes_every_time_and_its_successor_as_others(
     assert (again[:, 7:] == sent[:, 7:]).mean() < 0.01, "the same pad would show the same rows"
     with pytest.raises(BlindingError, match="no rows 0 to 21"):
         kept.blinded(0, 21)
+
+
+@pytest.mark.parametrize("keys", [True, False])
+@pytest.mark.parametrize("grown", range(4))
+def test_growth_that_fails_changes_nothing(
+    keys: bool, grown: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that were zeroed, under pads that were not, would leave as bare pads: they open what was sent before."""
+    kept = make_kept(keys, rng.normal(size=(2, 20, 8)).astype(np.float32))
+    sent = kept.blinded(0, 20).rows.copy()
+    real, calls = bilinear._grown, iter(range(9))
+
+    def short(array: np.ndarray, axis: int, more: int) -> np.ndarray:
+        if next(calls) == grown:
+            raise MemoryError
+        return real(array, axis, more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bilinear, "_grown", short)
+        with pytest.raises(MemoryError):
+            kept.append(rng.normal(size=(2, 100, 8)).astype(np.float32))
+    np.testing.assert_array_equal(kept.blinded(0, 20).rows, sent)
+    kept.append(rng.normal(size=(2, 100, 8)).astype(np.float32))
+    np.testing.assert_array_equal(kept.blinded(0, 120).rows.reshape(2, 120, 8)[:, :20], sent.reshape(2, 20, 8))
 
 
 def test_a_left_pad_serves_one_attempt_and_is_gone_afterwards(rng: np.random.Generator) -> None:

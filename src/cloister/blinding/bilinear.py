@@ -289,12 +289,19 @@ class KeptRows:
         more = max(FIRST_ROWS, 1 << (rows - 1).bit_length()) - capacity
         values, pads = self._stored
         axis = 2 if self.transposed else 1
-        self._stored = _grown(values, axis, more), _grown(pads, axis, more)
-        self._scales = _grown(self._scales, 1, more)
+        outgrown = [values, pads, self._scales, self._keys if self.transposed else self._sums]
+        grown = [
+            _grown(array, at, more)
+            for array, at in zip(outgrown, (axis, axis, 1, 1 if self.transposed else 2), strict=True)
+        ]
+        # From here on nothing can fail: values without their pads, or pads without their values, must never be kept.
+        self._stored, self._scales = (grown[0], grown[1]), grown[2]
         if self.transposed:
-            self._keys = _grown(self._keys, 1, more)
+            self._keys = grown[3]
         else:
-            self._sums = _grown(self._sums, 2, more)
+            self._sums = grown[3]
+        for array in outgrown:
+            array.fill(0)
 
 
 def kept_keys(name: str, heads: int, width: int, checks: int, source: PadSource) -> KeptRows:
@@ -319,12 +326,11 @@ def non_finite(name: str, row: int) -> NonFiniteError:
 
 
 def _grown(array: Any, axis: int, more: int) -> Any:
-    """Returns a copy with `more` zeros at the end of an axis; the old array is zeroed."""
+    """Returns a copy with `more` zeros at the end of an axis."""
     shape = list(array.shape)
     shape[axis] += more
     grown = np.zeros(shape, array.dtype)
     grown[tuple(slice(size) for size in array.shape)] = array
-    array.fill(0)
     return grown
 
 
