@@ -3,16 +3,18 @@
 from typing import Any
 
 import msgspec
+import pytest
 
+from cloister.errors import RequestError
 from cloister.gateway.outline import chat_outline
 from cloister.server.schema import ChatRequest
 
 SENT = "sent"
 
 
-def outlined(change: Any = lambda text: SENT, **parts: Any) -> Any:
+def outlined(change: Any = lambda text: SENT, check_name: Any = lambda name: None, **parts: Any) -> Any:
     request = msgspec.convert({"model": "m", "messages": [{"role": "user", "content": "x"}], **parts}, ChatRequest)
-    return chat_outline(request, change, lambda name: None)
+    return chat_outline(request, change, check_name)
 
 
 def schema(given: dict[str, Any], change: Any = lambda text: SENT) -> dict[str, Any]:
@@ -40,11 +42,42 @@ def test_what_a_schema_holds_as_data_has_no_grammar() -> None:
     assert schema({"properties": {"default": {"maxLength": 4}}}) == {"properties": {"default": {"maxLength": 4}}}
 
 
+def test_the_type_of_a_schema_is_a_type_and_no_word_of_the_user() -> None:
+    for kind in ("string", ["integer", "null"]):
+        assert schema({"x-about": {"type": kind}}) == {"x-about": {"type": kind}}
+    for kind in ("Alice", ["string", "Alice"]):
+        with pytest.raises(RequestError, match="is no type") as refused:
+            schema({"x-about": {"type": kind}})
+        assert "Alice" not in str(refused.value)
+
+
+def test_the_known_dialects_of_schemas_are_no_addresses_of_the_user() -> None:
+    looked: list[str] = []
+    for dialect in ("https://json-schema.org/draft/2020-12/schema", "https://anna.example/schema"):
+        tool = {"function": {"name": "f", "parameters": {"$schema": dialect}}}
+        sent = outlined(check_name=looked.append, tools=[tool]).tools["tools"][0]["function"]["parameters"]
+        assert sent == {"$schema": dialect}
+    assert looked == ["f", "$schema", "f", "$schema", "https://anna.example/schema"]
+
+
 def test_a_range_still_begins_before_it_ends() -> None:
     drawn = {"120": "300", "200": "150", "x": "x"}
     assert schema({"minimum": 120, "maximum": 200}, drawn.__getitem__) == {"minimum": 150, "maximum": 300}
     flags = {"exclusiveMinimum": True, "exclusiveMaximum": False}
     assert schema(flags) == flags
+
+
+def test_of_a_tools_result_only_what_is_sent_is_looked_at() -> None:
+    """What is looked at is drawn for and charged: the JSON around it, with its escapes, holds other words."""
+    seen: list[str] = []
+
+    def noted(text: str) -> str:
+        seen.append(text)
+        return text
+
+    result = {"role": "tool", "tool_call_id": "1", "content": '{"name": "Jos\\u00e9", "visits": [17]}'}
+    outlined(noted, messages=[{"role": "user", "content": "x"}, result])
+    assert seen == ["x", "name", "José", "visits", "17"]
 
 
 def test_ids_of_tool_calls_are_numbered_anew() -> None:

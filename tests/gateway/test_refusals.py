@@ -212,6 +212,13 @@ def test_an_engine_that_is_down() -> None:
             {"messages": [{"role": "user", "content": "x"}], "tools": [{"function": {"name": "call_bluebird"}}]},
             "something sensitive",
         ),
+        *(
+            (
+                {"messages": [{"role": "user", "content": "x"}], "tools": [{"function": {"name": name}}]},
+                "something sensitive",
+            )
+            for name in ("ask_BLUEBIRD", "askBLUEBIRDNow", "ask_blueBird", "BlueBirdOf2", "https://bluebird")
+        ),
         (
             {"messages": [{"role": "user", "content": "x"}], "tools": [{"function": {"name": "a b"}}]},
             "other than letters",

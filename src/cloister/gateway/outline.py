@@ -66,8 +66,13 @@ GRAMMAR: Final = frozenset(
         "email",
         "uri",
         "uuid",
+        "http://json-schema.org/draft-07/schema",
+        "http://json-schema.org/draft-07/schema#",
+        "https://json-schema.org/draft/2019-09/schema",
+        "https://json-schema.org/draft/2020-12/schema",
     }
 )
+"""Such texts that are known; the dialects are in the tools of many clients."""
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_.$/#:-]{1,256}")
 
@@ -136,14 +141,14 @@ def _refuse_bias(bias: Mapping[str, float] | None) -> None:
 
 def _message(message: Message, change: Change, check_name: CheckName, ids: dict[str, str]) -> dict[str, Any]:
     made: dict[str, Any] = {"role": message.role}
-    if message.content is not None or not message.tool_calls:
+    if message.role == "tool" and message.content is not None:
+        made["content"] = change_json(message.text, change)
+    elif message.content is not None or not message.tool_calls:
         made["content"] = change(message.text)
     if message.tool_calls:
         made["tool_calls"] = [_call(call, change, check_name, ids) for call in message.tool_calls]
     if message.tool_call_id is not None:
         made["tool_call_id"] = _id(message.tool_call_id, ids)
-    if message.role == "tool" and message.content is not None:
-        made["content"] = change_json(message.text, change)
     return made
 
 
@@ -213,7 +218,7 @@ def _schema(schema: Any, change: Change, check_name: CheckName, depth: int) -> A
                 _named(name, check_name): _schema(inner, change, check_name, depth + 1) for name, inner in value.items()
             }
         elif key in STRUCTURE:
-            made[key] = _grammar(value, check_name, depth + 1)
+            made[key] = _grammar(key, value, check_name, depth + 1)
         elif key in COUNTS:
             made[key] = _count(key, value)
         elif key in VALUES:
@@ -258,11 +263,15 @@ def _ordered(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-def _grammar(value: Any, check_name: CheckName, depth: int) -> Any:
+def _grammar(key: str, value: Any, check_name: CheckName, depth: int) -> Any:
     _check_depth(depth)
     if isinstance(value, list):
-        return [_grammar(item, check_name, depth + 1) for item in value]
+        return [_grammar(key, item, check_name, depth + 1) for item in value]
     if isinstance(value, str):
+        if key == "type" and value not in GRAMMAR:
+            raise RequestError(
+                "A `type` of a JSON schema is no type.", remedy="Use string, number, object and the like."
+            )
         return value if value in GRAMMAR else _named(value, check_name)
     raise RequestError("A JSON schema's grammar holds something else than text.")
 

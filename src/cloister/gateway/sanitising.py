@@ -7,6 +7,7 @@ Does not cover: collecting. Each prompt's embeddings are rows of the table, and 
 prompts: with prompts enough, all rows whose tokens the sanitiser lets through or draws. `rows_shown` counts them.
 """
 
+import re
 import threading
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,7 +16,7 @@ from cloister.errors import RequestError
 from cloister.gateway.embedding import PromptMaker
 from cloister.gateway.engine import EngineRequest
 from cloister.gateway.outline import Change, chat_outline, completion_outline
-from cloister.privacy.detector import Detection
+from cloister.privacy.detector import Detection, Dictionary
 from cloister.privacy.labels import Detector
 from cloister.privacy.ledger import Ledger
 from cloister.privacy.mechanism import Sampler
@@ -25,6 +26,10 @@ from cloister.server.schema import ChatRequest, CompletionRequest
 from cloister.wire.sanitising import Charge, Protected, Swapped
 
 MAX_SESSIONS: Final = 256
+MOST_PARTS: Final = 8
+"""Parts of a name that may be one word of the user's, as in McDonald."""
+
+_PART: Final = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 
 @dataclass(frozen=True)
@@ -161,8 +166,10 @@ class PromptGuard:
 
     def _check_name(self, name: str) -> None:
         words = " ".join(_words_of(name)).lower()
+        spelled = _spellings(name)
         for detector in self._parts.names:
-            if detector.find(words) or detector.find(name):
+            own = isinstance(detector, Dictionary) and detector.find(spelled)
+            if own or detector.find(words) or detector.find(name):
                 raise RequestError(
                     "The name of a tool or parameter holds something sensitive, and names are sent as they are.",
                     remedy="Rename it.",
@@ -187,6 +194,15 @@ def _protected(request: EngineRequest, sanitised: Sanitised) -> Protected:
         drawn=sanitised.drawn,
         charge=Charge(receipt.prompt, receipt.spent.basic, receipt.filter, receipt.used, receipt.left),
     )
+
+
+def _spellings(name: str) -> str:
+    """Returns a name as words, and then every run of its parts as one word: ask_IBM holds IBM, callMcDonald holds McDonald."""
+    parts = _PART.findall(name)
+    runs = [
+        "".join(parts[start:stop]) for start in range(len(parts)) for stop in range(start + 1, start + MOST_PARTS + 1)
+    ]
+    return " | ".join([" ".join(parts), *dict.fromkeys(runs)])
 
 
 def _words_of(name: str) -> list[str]:
