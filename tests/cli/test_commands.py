@@ -9,11 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cloister.assets import demo_model
+from cloister.cli import main, split
+from cloister.errors import EngineProtocolError
 
 CLOISTER = [sys.executable, "-m", "cloister"]
 DEMO = str(demo_model())
@@ -35,6 +39,43 @@ def test_help_teaches(command: list[str]) -> None:
     out = run(*command, "--help").stdout
     assert "Usage" in out
     assert len(out) > 300
+
+
+def test_an_error_that_quotes_a_server_is_shown_as_it_is_and_steers_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise EngineProtocolError(
+            "It serves x[/bold]y[red]\x1b]0;owned\x07\x9b2J.", remedy="pip install cloister[gateway]"
+        )
+
+    monkeypatch.setattr(main, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert "It serves x[/bold]y[red]\ufffd]0;owned\ufffd\ufffd2J." in said
+    assert "  pip install cloister[gateway]" in said
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_split_server_steers_no_terminal_by_the_tokens_that_it_names(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spent = SimpleNamespace(tokens=[])
+
+    def generate(*_: object, **__: object) -> Iterator[int]:
+        for token in b"a\t\x1b[2J\n":
+            spent.tokens.append(token)
+            yield token
+
+    client, tokenizer = (
+        SimpleNamespace(generate=generate),
+        SimpleNamespace(decode=lambda tokens: bytes(tokens).decode()),
+    )
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    split._answer(client, tokenizer, [1], 9, spent, {}, False)  # type: ignore[arg-type]
+    assert capsys.readouterr().out == ("a\t\ufffd[2J\n\n" if terminal else "a\t\x1b[2J\n\n")
 
 
 def test_generate_prints_the_text_and_nothing_else_when_quiet() -> None:

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from cloister.cli import options as o
 from cloister.cli import remote as r
-from cloister.cli.display import Display, human_bytes, stderr, stdout, summary_text
+from cloister.cli.display import Display, foreign, human_bytes, stderr, stdout, summary_text
 from cloister.cli.receipts import ReceiptsOption, check_place, keep, keep_numbered
 from cloister.cli.session import cancellable, opened, stream
 from cloister.errors import CloisterError, GenerationError, SettingsError
@@ -174,7 +174,7 @@ class Conversation:
                 reply = self._llm.chat(turns, adapter=self._adapter, **self._sampling)
                 stream(reply, self._display, self._quiet)
         except GenerationError as error:  # too long, or refused by the template: the conversation goes on
-            stderr().print(f"[bold red]error:[/bold red] {error}")
+            stderr().print("[bold red]error:[/bold red]", foreign(str(error)))
             return
         self._turns = [*turns, {"role": "assistant", "content": reply.text}]
         self._last = reply

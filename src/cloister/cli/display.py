@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from unicodedata import category
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -26,6 +27,11 @@ def stdout() -> Console:
 def stderr() -> Console:
     """Returns the console for everything that is not the answer."""
     return Console(file=sys.stderr, highlight=False)
+
+
+def foreign(text: str) -> Text:
+    """Returns a text that may quote others (a server, a file) as it is: no markup, and no character that steers a terminal."""
+    return Text("".join("\ufffd" if category(c) in ("Cc", "Cs") and c not in "\t\n" else c for c in text))
 
 
 def human_bytes(count: float) -> str:

@@ -26,7 +26,7 @@ from cloister.cli import (
     tpm,
     verify,
 )
-from cloister.cli.display import stderr
+from cloister.cli.display import foreign, stderr
 from cloister.errors import CloisterError
 
 app = typer.Typer(
@@ -89,9 +89,9 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         console = stderr()
-        console.print(f"[bold red]error:[/bold red] {error.message}", soft_wrap=True)
+        console.print("[bold red]error:[/bold red]", foreign(error.message), soft_wrap=True)
         if error.remedy:
-            console.print(f"  {error.remedy}", soft_wrap=True)
+            console.print(" ", foreign(error.remedy), soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

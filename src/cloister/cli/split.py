@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from cloister.cli import options as o
-from cloister.cli.display import stderr
+from cloister.cli.display import foreign, stderr
 from cloister.errors import RequestError, SettingsError
 
 if TYPE_CHECKING:
@@ -147,10 +147,12 @@ def _answer(
     as_json: bool,
 ) -> None:
     shown = ""
+    on_terminal = sys.stdout.isatty()
     for _ in client.generate(tokens, most, spent, **sampling):
         text = tokenizer.decode(spent.tokens)
         if not as_json and not text.endswith("\ufffd"):
-            print(text[len(shown) :], end="", flush=True)
+            piece = text[len(shown) :]
+            print(foreign(piece).plain if on_terminal else piece, end="", flush=True)  # the server names every token
             shown = text
     if as_json:
         record = {
