@@ -71,6 +71,7 @@ def test_an_answer_is_the_local_one_and_its_receipt_verifies(
     )
     statement = verdict.require()
     assert statement.checks.products == reply.finished.meter.products > 100
+    assert reply.finished.meter.pantry_tokens == 0, "the pantry's level would tell how much others ask"
     assert statement.checks.refused == 0
     assert statement.plan.hex() == llm.info.plan
     chat = llm.chat([{"role": "user", "content": "Tell me a story."}], **GREEDY)

@@ -159,10 +159,11 @@ def status_text(rate: float, meter: Meter) -> Text:
     crossed = human_bytes(meter.bytes_sent + meter.bytes_received)
     parts = [
         f"{rate:.1f} tokens/s",
-        f"pantry {meter.pantry_tokens}/{meter.pantry_capacity_tokens}",
         f"{meter.products} products checked",
         f"{crossed} crossed",
     ]
+    if meter.pantry_capacity_tokens:
+        parts.insert(1, f"pantry {meter.pantry_tokens}/{meter.pantry_capacity_tokens}")
     if meter.enclave_products:
         parts.append(f"{meter.enclave_products} computed in the enclave")
     return Text(" · ".join(parts), style="dim")

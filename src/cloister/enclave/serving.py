@@ -178,7 +178,9 @@ class _Answer:
 
 
 def _own_figures(finished: Finished, before: Meter) -> Finished:
-    return msgspec.structs.replace(finished, meter=since(before, finished.meter))
+    """Returns the figures of one answer alone. The pantry is everybody's: its level would tell how much others ask."""
+    own = msgspec.structs.replace(since(before, finished.meter), pantry_tokens=0, pantry_capacity_tokens=0)
+    return msgspec.structs.replace(finished, meter=own)
 
 
 def _decode(server: SealedServer, request: bytes) -> Asked:

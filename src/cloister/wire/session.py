@@ -168,7 +168,7 @@ class Event(_Message, frozen=True):
 
 
 class Meter(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Running totals of the gate and the pantry."""
+    """Running totals of the gate and the pantry. Remote clients get those of their own answer, and nothing of the pantry."""
 
     products: int
     enclave_products: int
