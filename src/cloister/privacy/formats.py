@@ -1,7 +1,7 @@
 """Pseudonyms for identifiers: random values of the same format, one per distinct identifier and session.
 
 Covers: e-mail addresses, phone numbers, IBANs, cards, keys, network addresses, links and other codes.
-Guarantees: a pseudonym is drawn with the system's randomness and independently of the value, from all values of its
+Guarantees: a pseudonym is drawn with the system's randomness and independently of the value, from all other values of its
 format that are not in use; check digits of cards and IBANs are right, so a model or program takes them for real ones.
 Does not cover: the format itself, which is revealed: the lengths, separators and letter cases of phone numbers, IBANs (with
 the country), cards, keys (with a public prefix such as `sk-`) and codes. Of e-mail addresses and links nothing is.

@@ -1,8 +1,10 @@
 """Noise for numbers and dates: the bounded discrete Laplace mechanism, sampled exactly.
 
 Covers: numbers as they are written. The class of a number is its format: how many digits it has before and after the
-point, its separators, and whether it is a year. A value is replaced by one of its class, drawn with probability
-proportional to exp(-|x - y| ε / N), where N is the width of the class.
+point, whether the first is a zero, its separators, and whether it is a year. The class of a date is the way it is written;
+digits are read day first where that is a date and else month first (05/25/2020), and which of the two is part of the class.
+A value is replaced by one of its class, drawn with probability proportional to exp(-|x - y| ε / N), where N is the width
+of the class.
 Guarantees: ε-local differential privacy between any two numbers of one class, exactly: the widest ratio is that of the two
 ends (Holohan, Antonatos, Braghin, Mac Aonghusa 2018, with the sensitivity of the whole range). Randomness and
 arithmetic are exact: values of the class, all equally likely, are drawn until one is accepted, with its probability (by

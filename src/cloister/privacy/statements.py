@@ -23,5 +23,6 @@ POSITIONS: Final = {
 """What the positions reveal, by mode of detection."""
 FORMATS: Final = (
     "Pseudonyms of e-mail addresses, phone numbers, IBANs, cards, keys and codes spend no ε: they are random and drawn "
-    "independently of the value, so they reveal its format and which ones are equal within a session, and no more."
+    "independently of the value, but for never being it. So they reveal its format, which ones are equal within a session, "
+    "and one value of the format that it is not, which counts in codes of two or three characters only."
 )
