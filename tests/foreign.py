@@ -62,7 +62,8 @@ from cloister.server.schema import ChatRequest, CompletionRequest, decoded
 from cloister.settings import from_toml
 from cloister.split import frames
 from cloister.wire.asking import FramedSocket, answering_end, asking_end
-from cloister.wire.channel import AnswerReader, AnswerSealer, ClientChannel, ServerChannel
+from cloister.wire.channel import ClientChannel, ServerChannel
+from cloister.wire.channel_answers import AnswerReader, AnswerSealer
 from cloister.wire.channel_messages import MAX_OFFER_BYTES, Offer, Suite
 from cloister.wire.channel_socket import MessageSocket
 from cloister.wire.codec import HEADER_BYTES, Frame, Kind, decode, decode_pair, encode_pair_request, peer_text

@@ -31,7 +31,7 @@ from cloister.seal.package import Package
 from cloister.seal.release import ReleaseRequest
 from cloister.seal.store import DATABASE, KEY_FILE, Store
 from cloister.seal.writer import Sealed
-from cloister.wire.channel import KeyPair
+from cloister.wire.channel_keys import KeyPair
 from cloister.wire.channel_messages import Suite
 from tests.seal.conftest import ANYONE
 

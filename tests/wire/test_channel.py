@@ -18,7 +18,9 @@ from cloister.attest.roots import Roots
 from cloister.attest.session import checker, prover
 from cloister.attest.sim import Installation, SimAttester
 from cloister.errors import AttestationError, ChannelError, CloisterError
-from cloister.wire.channel import REFUSED, AnswerSealer, ClientChannel, ServerChannel, seal_to
+from cloister.wire.channel import REFUSED, ClientChannel, ServerChannel
+from cloister.wire.channel_answers import AnswerSealer
+from cloister.wire.channel_keys import seal_to
 from cloister.wire.channel_messages import Hello, Offer, Suite, pad, unpad
 from cloister.wire.channel_socket import SealedClient, SealedServer
 

@@ -25,7 +25,8 @@ from cloister.enclave.engine import Engine
 from cloister.enclave.receipts import AnswerReceipt, CheckCounter, ReceiptSigner, since
 from cloister.enclave.session import failure
 from cloister.errors import ChannelError, CloisterError, GenerationCancelled
-from cloister.wire.channel import AnswerSealer, ServerChannel
+from cloister.wire.channel import ServerChannel
+from cloister.wire.channel_answers import AnswerSealer
 from cloister.wire.channel_messages import Offer
 from cloister.wire.channel_socket import SealedServer
 from cloister.wire.session import Answered, Asked, AskInfo, Cancel, Failure, Finished, Generate, Meter, Ready

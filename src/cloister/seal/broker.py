@@ -24,7 +24,7 @@ from cloister.errors import ChannelError, CloisterError, KeyRefusedError
 from cloister.isolation.secret_memory import overwrite_leftovers, wipe_bytes
 from cloister.seal.release import NONCE_BYTES, Challenge, Released, ReleaseRequest
 from cloister.seal.store import Grant, KnownModel, Store
-from cloister.wire.channel import seal_to
+from cloister.wire.channel_keys import seal_to
 
 CHALLENGE_SECONDS: Final = 300.0
 """How long a nonce may be used."""

@@ -22,7 +22,7 @@ from cloister.errors import BrokerError, KeyRefusedError
 from cloister.isolation.secret_memory import Secret
 from cloister.seal.manifest import Manifest, key_commitment
 from cloister.seal.release import MAX_RESPONSE_BYTES, Challenge, Released, ReleaseRequest
-from cloister.wire.channel import KeyPair
+from cloister.wire.channel_keys import KeyPair
 from cloister.wire.channel_messages import Suite
 
 TIMEOUT_SECONDS: Final = 30.0

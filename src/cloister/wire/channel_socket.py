@@ -16,7 +16,8 @@ from types import TracebackType
 from typing import Final
 
 from cloister.errors import ChannelError
-from cloister.wire.channel import REFUSED, AnswerReader, AnswerSealer, Check, ClientChannel, Prove, ServerChannel
+from cloister.wire.channel import REFUSED, Check, ClientChannel, Prove, ServerChannel
+from cloister.wire.channel_answers import AnswerReader, AnswerSealer
 from cloister.wire.channel_messages import (
     MAX_FRAME_BYTES,
     MAX_HELLO_BYTES,
