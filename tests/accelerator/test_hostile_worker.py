@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from cloister.accelerator import shared
+from cloister.accelerator import launch
 from cloister.accelerator.shared import SharedMemoryAccelerator
 from cloister.arith.modulus import HALF
 from cloister.blinding import field
@@ -236,7 +236,7 @@ def test_a_worker_inherits_little_and_is_not_ended_by_the_terminal(monkeypatch: 
         worker = SharedMemoryAccelerator.start(threads=1, backend=Backend.NUMBA)
         assert worker.pid is not None
         pid = innermost(worker.pid)
-        assert set(psutil.Process(pid).environ()) <= {*shared.KEPT_VARIABLES, "NUMBA_CACHE_DIR", "LC_CTYPE", "PWD"}
+        assert set(psutil.Process(pid).environ()) <= {*launch.KEPT_VARIABLES, "NUMBA_CACHE_DIR", "LC_CTYPE", "PWD"}
         assert os.getsid(pid) != os.getsid(0)
         opened = {int(entry.name): str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()}
         assert opened.pop(0) == opened.pop(1) == os.devnull

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cloister.accelerator import shared
+from cloister.accelerator import launch
 from cloister.errors import AcceleratorLostError, IsolationError
 from cloister.isolation import bubblewrap
 from cloister.isolation.code_cache import PACKAGE, code_folder, compile_bytecode, kernel_variables, require_no_code
@@ -46,8 +46,8 @@ def asked_of_a_worker(monkeypatch: pytest.MonkeyPatch, backend: Backend) -> tupl
         return ["/bin/true"]
 
     with monkeypatch.context() as patched:
-        patched.setattr(shared, "confined_command", look)
-        sock, process = shared.launch_worker("w", backend, 1)
+        patched.setattr(launch, "confined_command", look)
+        sock, process = launch.launch_worker("w", backend, 1)
     sock.close()
     process.wait()
     return seen[0]
@@ -108,12 +108,12 @@ def test_a_folder_that_others_may_write_is_refused(monkeypatch: pytest.MonkeyPat
         kernel_variables("enclave")
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(PACKAGE / "enclave"))
     with pytest.raises(AcceleratorLostError, match="programs are loaded from"):
-        shared.launch_worker("w", Backend.NUMBA, 1)
+        launch.launch_worker("w", Backend.NUMBA, 1)
     assert not list((PACKAGE / "enclave").glob("*-kernels"))
     (tmp_path / "file").touch()
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(AcceleratorLostError, match="cannot be started: No folder for compiled kernels"):
-        shared.launch_worker("w", Backend.NUMBA, 1)
+        launch.launch_worker("w", Backend.NUMBA, 1)
 
 
 @pytest.mark.parametrize("place", [PACKAGE / "enclave" / "__pycache__", PACKAGE.parent, Path(os.__file__).parent])

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cloister.model.adapters import MergedWeights, open_adapter
+from cloister.model.adapters import open_adapter
 from cloister.model.directory import open_checked
 from cloister.model.llama import Llama
+from cloister.model.merged import MergedWeights
 from cloister.model.spec import read_spec
 from peft_models import FAMILIES, VARIANTS, VOCABULARY, logits_of, write_adapter, write_base
 

@@ -18,11 +18,12 @@ from safetensors.numpy import load_file, save_file
 from cloister.assets import demo_model
 from cloister.errors import AdapterError
 from cloister.model import low_rank as low_rank_module
-from cloister.model.adapters import MergedWeights, open_adapter
+from cloister.model.adapters import open_adapter
 from cloister.model.checkpoint import expected_tensors
 from cloister.model.directory import ModelDirectory, open_model
 from cloister.model.llama import Llama
 from cloister.model.low_rank import EXACT_UP_TO, Criterion, factorise
+from cloister.model.merged import MergedWeights
 from cloister.model.publish import published
 from cloister.model.safetensors_writer import SafetensorsWriter
 from cloister.model.slice_check import measure

@@ -1,12 +1,11 @@
 """The client of a worker of this host: headers over a socket pair, rows and products in shared memory.
 
-Covers: starting the worker, registering weights without copying them, one product at a time with a timeout, and
-everything that a faulty or hostile worker can do to the exchange: die, hang, answer short, late, twice or for another request.
+Covers: registering weights without copying them, one product at a time with a timeout, and everything that a faulty or
+hostile worker can do to the exchange: die, hang, answer short, late, twice or for another request.
 Guarantees: every wait ends within its timeout. After its first failure this accelerator is closed and says so.
-Does not cover: wrong numbers, which the check of the gate catches.
+Does not cover: starting the worker (`accelerator.launch`); wrong numbers, which the check of the gate catches.
 """
 
-import os
 import socket
 import struct
 import subprocess
@@ -15,18 +14,14 @@ from typing import Final
 import numpy as np
 from jaxtyping import Int32
 
-from cloister.accelerator.cuda.cache import compiler_variables
+from cloister.accelerator.launch import launch_worker
 from cloister.errors import (
     AcceleratorError,
     AcceleratorLostError,
     AcceleratorProtocolError,
     AcceleratorTimeoutError,
-    IsolationError,
     WireError,
 )
-from cloister.isolation.bubblewrap import confined_command, start
-from cloister.isolation.code_cache import kernel_variables
-from cloister.isolation.confinement import Confinement
 from cloister.settings import Backend
 from cloister.wire.codec import (
     HEADER_BYTES,
@@ -51,12 +46,6 @@ REGISTER_SECONDS: Final = 60.0
 
 SEND_SECONDS: Final = 1.0
 """Longest wait for room for one header. Only a worker that answers without reading can let the socket fill up."""
-
-KEPT_VARIABLES: Final = (
-    "PATH", "LANG", "LC_ALL", "HOME", "TMPDIR",
-    "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH",
-)  # fmt: skip
-"""Environment variables that a worker inherits."""
 
 
 class SharedMemoryAccelerator:
@@ -323,37 +312,3 @@ class SharedMemoryAccelerator:
         self._closed = "closed after a failure"
         self._sock.close()
         return error
-
-
-def launch_worker(label: str, backend: Backend, threads: int) -> "tuple[socket.socket, subprocess.Popen[bytes]]":
-    """Returns the client's end of the socket of a new worker, and its process (bubblewrap where there is one).
-
-    The worker is confined to its socket and the cache of kernels; the device files of GPUs are there for `cuda` alone.
-
-    Raises:
-        AcceleratorLostError: no process can be started.
-    """
-    try:
-        caches = kernel_variables("worker") | (compiler_variables() if backend is Backend.CUDA else {})
-    except IsolationError as error:
-        raise AcceleratorLostError(
-            f"The worker {label} cannot be started: {error.message}", remedy=error.remedy
-        ) from error
-    confinement = Confinement(write=tuple(dict.fromkeys(caches.values())), gpu=backend is Backend.CUDA)
-    environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ} | caches
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        arguments = ["--fd", str(theirs.fileno()), "--backend", backend.value, "--threads", str(threads)]
-        try:
-            process = start(
-                confined_command(confinement, "cloister.accelerator.worker", environment, *arguments),
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # what we print must hold nothing that a worker wrote
-                env=environment,
-                start_new_session=True,
-            )
-        except OSError as error:
-            ours.close()
-            raise AcceleratorLostError(f"The worker {label} cannot be started: {error.strerror}.") from error
-    return ours, process

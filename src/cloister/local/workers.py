@@ -14,7 +14,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
-from cloister.accelerator.shared import SharedMemoryAccelerator, launch_worker
+from cloister.accelerator.launch import launch_worker
+from cloister.accelerator.shared import SharedMemoryAccelerator
 from cloister.errors import AcceleratorLostError
 from cloister.settings import AcceleratorSettings, Backend
 

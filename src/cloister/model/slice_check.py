@@ -9,10 +9,11 @@ import numpy as np
 from jaxtyping import Float32
 
 from cloister.errors import AdapterError
-from cloister.model.adapters import MergedWeights, open_adapter
+from cloister.model.adapters import open_adapter
 from cloister.model.directory import ModelDirectory
 from cloister.model.divergence import cross_entropy, kl, perplexity, token_windows
 from cloister.model.llama import Llama, TensorSource
+from cloister.model.merged import MergedWeights
 from cloister.model.spec import ModelSpec
 
 WINDOW: Final = 256
