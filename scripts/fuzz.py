@@ -3,7 +3,7 @@
 Usage: fuzz.py [--seconds N] [TARGET ...]      every target for N seconds (default 60), one process each
        fuzz.py --list
 
-The targets are those of `tests/attest/fuzzing.py` and `tests/foreign.py`; each begins with well-formed inputs and with what
+The targets are those of `tests/attest/fuzzing.py` and `tests/foreign`; each begins with well-formed inputs and with what
 the conformance vectors have for it. A line of JSON per target says how many inputs were tried.
 Needs `pip install 'cloister[fuzz]'` (wheels for CPython 3.11 to 3.13 on Linux). A crash, an unexpected exception, an
 input that takes longer than 5 seconds or more than 1 GiB ends with exit code 1 and leaves the

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 import foreign
 from attest.test_fuzz import SLOW_MS, mutated
+from foreign.parser import Foreign, Target
 
 RELAXED = settings(
     deadline=SLOW_MS, max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
@@ -14,11 +15,11 @@ LONGEST_MESSAGE = 2000
 
 
 @pytest.fixture(scope="module")
-def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, foreign.Foreign]:
+def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Foreign]:
     return foreign.all_targets(tmp_path_factory.mktemp("foreign"))
 
 
-def attempt(target: foreign.Target, data: bytes) -> None:
+def attempt(target: Target, data: bytes) -> None:
     try:
         target(data)
     except foreign.EXPECTED as error:
@@ -26,7 +27,7 @@ def attempt(target: foreign.Target, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", foreign.NAMES)
-def test_good_inputs_are_read(targets: dict[str, foreign.Foreign], name: str) -> None:
+def test_good_inputs_are_read(targets: dict[str, Foreign], name: str) -> None:
     """Otherwise a mutation of them shows little."""
     for seed in targets[name].seeds:
         if name != "policy file":  # one of its inputs is the documentation's, which is abridged
@@ -34,7 +35,7 @@ def test_good_inputs_are_read(targets: dict[str, foreign.Foreign], name: str) ->
 
 
 @pytest.mark.parametrize("name", foreign.NAMES)
-def test_no_bytes_crash_a_parser(targets: dict[str, foreign.Foreign], name: str) -> None:
+def test_no_bytes_crash_a_parser(targets: dict[str, Foreign], name: str) -> None:
     @RELAXED
     @given(data=st.binary(max_size=2000))
     @example(data=b"")
@@ -51,7 +52,7 @@ def test_no_bytes_crash_a_parser(targets: dict[str, foreign.Foreign], name: str)
 
 
 @pytest.mark.parametrize("name", foreign.NAMES)
-def test_no_damaged_input_crashes_a_parser(targets: dict[str, foreign.Foreign], name: str) -> None:
+def test_no_damaged_input_crashes_a_parser(targets: dict[str, Foreign], name: str) -> None:
     @RELAXED
     @given(data=st.data())
     def damage(data: st.DataObject) -> None:
