@@ -85,8 +85,8 @@ def audit(draw: Draw, pairs: Sequence[tuple[int, int]], claim: float, draws: int
 
 
 def separating_event(
-    first: Int64[np.ndarray, "outcomes"], second: Int64[np.ndarray, "outcomes"], significance: float
-) -> Int64[np.ndarray, "_"]:
+    first: Int64[np.ndarray, " outcomes"], second: Int64[np.ndarray, " outcomes"], significance: float
+) -> Int64[np.ndarray, " _"]:
     """Returns the outputs with the largest likelihood ratio, as many as make the bound largest on these counts.
 
     For a finite output set the best event is always one of these (Neyman and Pearson).

@@ -41,8 +41,8 @@ ROWS = 1024
 class Block:
     """A part of a channel: P[x, y] for some words x over some words y, as indices of the vocabulary."""
 
-    spans: Int64[np.ndarray, "_"]
-    outputs: Int64[np.ndarray, "_"]
+    spans: Int64[np.ndarray, " _"]
+    outputs: Int64[np.ndarray, " _"]
     table: np.ndarray
 
 
@@ -102,7 +102,7 @@ def rantext(far: Dense, vectors: Vectors, parameter: float, rng: np.random.Gener
     return table
 
 
-def custext_groups(vectors: Vectors, members: int = CUSTEXT_MEMBERS) -> list[Int64[np.ndarray, "_"]]:
+def custext_groups(vectors: Vectors, members: int = CUSTEXT_MEMBERS) -> list[Int64[np.ndarray, " _"]]:
     """Returns CusText's "conservative" groups: the most frequent word left and its nearest words left, again and again.
 
     Words come in order of falling frequency.
@@ -121,7 +121,7 @@ def custext_groups(vectors: Vectors, members: int = CUSTEXT_MEMBERS) -> list[Int
     return groups
 
 
-def custext(vectors: Vectors, group: Int64[np.ndarray, "_"], parameter: float) -> Float64[np.ndarray, "_ _"]:
+def custext(vectors: Vectors, group: Int64[np.ndarray, " _"], parameter: float) -> Float64[np.ndarray, "_ _"]:
     """Returns P(y|x) ∝ exp(parameter · u / 2) with cosine similarity scaled to [0, 1] for each x of a group."""
     unit = vectors[group].astype(np.float64)
     unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
@@ -131,13 +131,13 @@ def custext(vectors: Vectors, group: Int64[np.ndarray, "_"], parameter: float) -
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def santext_plus(vectors: Vectors, sensitive: Int64[np.ndarray, "_"], epsilon: float) -> Rival:
+def santext_plus(vectors: Vectors, sensitive: Int64[np.ndarray, " _"], epsilon: float) -> Rival:
     """Returns SanText over the sensitive words, calibrated to an exact ε among them."""
     far = distances(vectors[sensitive])
     return Rival((Block(sensitive, sensitive, calibrated(partial(santext, far), epsilon, epsilon, TOLERANCE)),))
 
 
-def santext_at_attack(vectors: Vectors, sensitive: Int64[np.ndarray, "_"], attack: float) -> Rival:
+def santext_at_attack(vectors: Vectors, sensitive: Int64[np.ndarray, " _"], attack: float) -> Rival:
     """Returns SanText over the sensitive words at the parameter by which its best attacker is right a share `attack` of the time.
 
     All words are taken as equally frequent. The exact ε is whatever that parameter gives.
@@ -156,13 +156,13 @@ def santext_at_attack(vectors: Vectors, sensitive: Int64[np.ndarray, "_"], attac
     return Rival((Block(sensitive, sensitive, santext(far, low)),))
 
 
-def tem_rival(vectors: Vectors, sensitive: Int64[np.ndarray, "_"], epsilon: float) -> Rival:
+def tem_rival(vectors: Vectors, sensitive: Int64[np.ndarray, " _"], epsilon: float) -> Rival:
     """Returns TEM over the sensitive words, calibrated to an exact ε among them."""
     far = distances(vectors[sensitive])
     return Rival((Block(sensitive, sensitive, calibrated(partial(tem, far), epsilon, epsilon, TOLERANCE)),))
 
 
-def custext_plus(vectors: Vectors, sensitive: Int64[np.ndarray, "_"], epsilon: float) -> Rival:
+def custext_plus(vectors: Vectors, sensitive: Int64[np.ndarray, " _"], epsilon: float) -> Rival:
     """Returns CusText over the sensitive words, every group calibrated to an exact ε."""
     blocks = []
     for group in custext_groups(vectors[sensitive]):
@@ -172,14 +172,14 @@ def custext_plus(vectors: Vectors, sensitive: Int64[np.ndarray, "_"], epsilon: f
 
 
 def rantext_rival(
-    vectors: Vectors, sensitive: Int64[np.ndarray, "_"], epsilon: float, rng: np.random.Generator
+    vectors: Vectors, sensitive: Int64[np.ndarray, " _"], epsilon: float, rng: np.random.Generator
 ) -> Rival:
     """Returns RANTEXT over the sensitive words at its nominal ε: no parameter gives it a finite exact one in general."""
     far = distances(vectors[sensitive])
     return Rival((Block(sensitive, sensitive, rantext(far, vectors[sensitive], epsilon, rng)),))
 
 
-def cmif_rival(vectors: Vectors, sensitive: Int64[np.ndarray, "_"], epsilon: float) -> Rival:
+def cmif_rival(vectors: Vectors, sensitive: Int64[np.ndarray, " _"], epsilon: float) -> Rival:
     """Returns CMIF's noisy maximum over the whole vocabulary for the sensitive words, at its published scale 2Δ/ε with Δ = 2.
 
     What `privacy.published` draws, for cosines rounded to 1/512. Its exact ε is below the nominal one, which is a bound.

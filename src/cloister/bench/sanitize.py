@@ -231,7 +231,7 @@ def ceiling(epsilon: float, members: int) -> float:
     return math.exp(epsilon) / (math.exp(epsilon) + members - 1) if epsilon < 700 else 1.0
 
 
-def attacks(rival: Rival, prior: Float64[np.ndarray, "words"]) -> tuple[float, float, float]:
+def attacks(rival: Rival, prior: Float64[np.ndarray, " words"]) -> tuple[float, float, float]:
     """Returns the best attack's success with the words' frequencies and with uniform ones, and how often a word stays."""
     attack = uniform = kept = 0.0
     for block in rival.blocks:

@@ -68,7 +68,7 @@ def _at_other_caps(held: dict[str, list[Row]], way: int, seeds: int) -> dict[str
     return facts
 
 
-def outcome(row: Row, seeds: int, way: int = 0) -> Float64[np.ndarray, "_"]:
+def outcome(row: Row, seeds: int, way: int = 0) -> Float64[np.ndarray, " _"]:
     """Returns the accuracy of each seed, then the share of seeds that labelled each example right.
 
     Args:
@@ -79,7 +79,7 @@ def outcome(row: Row, seeds: int, way: int = 0) -> Float64[np.ndarray, "_"]:
     return np.concatenate([row[SEED_KEYS[way]], np.array(row[HIT_KEYS[way]]) / seeds])
 
 
-def lead(ours: Float64[np.ndarray, "_"], theirs: Float64[np.ndarray, "_"], seeds: int) -> str:
+def lead(ours: Float64[np.ndarray, " _"], theirs: Float64[np.ndarray, " _"], seeds: int) -> str:
     """Returns the mean difference of two outcomes in points, with its 95 % confidence interval where `T_95` has the seeds.
 
     The interval is for other seeds and other examples of the task: the variances of both means add up (a little too

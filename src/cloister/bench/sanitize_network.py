@@ -209,7 +209,7 @@ def _retrained(setting: Setting, ratings: np.ndarray, rival: Rival, count: int) 
     return made
 
 
-def _ratings(words: tuple[str, ...]) -> Float32[np.ndarray, "words"]:
+def _ratings(words: tuple[str, ...]) -> Float32[np.ndarray, " words"]:
     """Returns VADER's rating of each word, 0 for words that it lacks."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 

@@ -79,7 +79,7 @@ class TaskSetting:
     target_ids: np.ndarray
     folds: tuple[Fold, ...]
     """By which the target is cross-validated; empty for tasks of one text."""
-    prior: Float64[np.ndarray, "words"]
+    prior: Float64[np.ndarray, " words"]
     """How often each content word is in the training text: what the attacker knows."""
 
 
@@ -88,10 +88,10 @@ class Setting:
     """The vocabulary and the tasks."""
 
     words: tuple[str, ...]
-    counts: Float64[np.ndarray, "words"]
+    counts: Float64[np.ndarray, " words"]
     """How often each word is in the public text."""
     vectors: Float32[np.ndarray, "words hidden"]
-    content: Int64[np.ndarray, "_"]
+    content: Int64[np.ndarray, " _"]
     """Ids of the words that are replaced."""
     tasks: tuple[TaskSetting, ...]
     groups: dict[int, tuple[builder.Group, ...]]
@@ -160,7 +160,7 @@ def prepare(
     return Setting(made.words, made.counts, made.vectors, content, tuple(tasks), groups, 1 if smoke else 0)
 
 
-def limited(setting: Setting, sensitive: Int64[np.ndarray, "_"]) -> Setting:
+def limited(setting: Setting, sensitive: Int64[np.ndarray, " _"]) -> Setting:
     """Returns the setting with other sensitive words, and classes of these words alone."""
     made = Vocabulary(setting.words, setting.counts, setting.vectors)
     return replace(setting, content=sensitive, groups=_groups(made, sensitive))

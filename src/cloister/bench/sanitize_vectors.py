@@ -31,7 +31,7 @@ class Vocabulary:
     """Words by falling frequency."""
 
     words: tuple[str, ...]
-    counts: Float64[np.ndarray, "words"]
+    counts: Float64[np.ndarray, " words"]
     vectors: Float32[np.ndarray, "words hidden"]
 
 

@@ -64,7 +64,7 @@ def train(
     ids: task.Ids,
     source: task.Corpus,
     features: task.Features,
-    ratings: Float32[np.ndarray, "words"],
+    ratings: Float32[np.ndarray, " words"],
     seed: int,
     kept: Path | None = None,
 ) -> Voters:
@@ -126,7 +126,7 @@ class Network(nn.Module):  # type: ignore[misc]
         self,
         sort: str,
         vectors: Float32[np.ndarray, "words hidden"],
-        ratings: Float32[np.ndarray, "words"],
+        ratings: Float32[np.ndarray, " words"],
         labels: int,
         generator: torch.Generator,
     ) -> None:

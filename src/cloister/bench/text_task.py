@@ -189,7 +189,7 @@ class Features:
 
     vectors: Float32[np.ndarray, "words hidden"]
     """Of length 1, or 0."""
-    rarity: Float64[np.ndarray, "words"]
+    rarity: Float64[np.ndarray, " words"]
     """How much a word tells: minus the logarithm of its share of the text."""
     pair: bool
 

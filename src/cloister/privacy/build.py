@@ -64,7 +64,7 @@ class Group:
     entries: tuple[Entry, ...]
     type: Type
     scores: Float64[np.ndarray, "_ _"]
-    prior: Float64[np.ndarray, "_"]
+    prior: Float64[np.ndarray, " _"]
     """Probabilities of the entries: half by public frequency, half uniform."""
 
 
@@ -222,7 +222,7 @@ def ignore_interrupts() -> None:
 
 def make_table(
     scores: Table,
-    prior: Float64[np.ndarray, "spans"],
+    prior: Float64[np.ndarray, " spans"],
     mechanism: Mechanism,
     epsilon: Fraction,
     cap: float | None = None,
@@ -235,7 +235,7 @@ def make_table(
 
 
 def float_table(
-    scores: Table, prior: Float64[np.ndarray, "spans"], mechanism: Mechanism, epsilon: float, cap: float | None = None
+    scores: Table, prior: Float64[np.ndarray, " spans"], mechanism: Mechanism, epsilon: float, cap: float | None = None
 ) -> Table:
     """Returns the table of a mechanism for a claim of ε, slightly below it to leave room for integers.
 

@@ -135,7 +135,9 @@ def log_up(ratio: Fraction) -> float:
     return top - bottom + 4 * max(math.ulp(top), math.ulp(bottom))
 
 
-def hockey_stick(table: Float64[np.ndarray, "spans candidates"], epsilons: Float64[np.ndarray, "points"]) -> np.ndarray:
+def hockey_stick(
+    table: Float64[np.ndarray, "spans candidates"], epsilons: Float64[np.ndarray, " points"]
+) -> np.ndarray:
     """Returns, for each ε, δ(ε) = max over pairs of Σ_y max(0, P[x,y] - e^ε P[x',y]).
 
     Pairs come in both orders, so δ(-ε) = 1 - e^-ε + e^-ε δ(ε): only ε of at least 0 are computed.

@@ -45,7 +45,7 @@ def quantise(table: Float64[np.ndarray, "spans candidates"], epsilon: Fraction) 
     return weights
 
 
-def _settle(row: Int64[np.ndarray, "candidates"], low: np.ndarray, high: np.ndarray) -> None:
+def _settle(row: Int64[np.ndarray, " candidates"], low: np.ndarray, high: np.ndarray) -> None:
     """Makes a row sum to 2³² within [low, high], moving most where there is most room."""
     missing = TOTAL - int(row.sum())
     room = high - row if missing > 0 else row - low
@@ -88,6 +88,6 @@ class Channel:
         return invert(self._cumulative[self._first[which] + member], bits).tolist()
 
 
-def invert(cumulative: UInt64[np.ndarray, "draws candidates"], bits: UInt64[np.ndarray, "draws"]) -> np.ndarray:
+def invert(cumulative: UInt64[np.ndarray, "draws candidates"], bits: UInt64[np.ndarray, " draws"]) -> np.ndarray:
     """Returns how many cumulative weights are not above each draw's 32 bits: the candidate that the bits name."""
     return (cumulative <= bits[:, None]).sum(axis=1)

@@ -37,7 +37,7 @@ MOST_CAP = 2.0
 class Attack:
     """An attacker by what he knows of the spans, and how often he may be right."""
 
-    prior: Float64[np.ndarray, "_"]
+    prior: Float64[np.ndarray, " _"]
     """Probabilities of the spans, public."""
     success: float
     """β, at least the prior's largest probability (else nothing is feasible)."""
@@ -51,7 +51,7 @@ def default_cap(epsilon: float) -> float:
     return min(MOST_CAP, max(0.5, 0.5 * math.log2(epsilon)))
 
 
-def attack_cap(scores: Table, prior: Float64[np.ndarray, "spans"], epsilon: float, cap: float) -> Attack:
+def attack_cap(scores: Table, prior: Float64[np.ndarray, " spans"], epsilon: float, cap: float) -> Attack:
     """Returns how often an attacker may be right.
 
     Args:
@@ -67,7 +67,7 @@ def attack_cap(scores: Table, prior: Float64[np.ndarray, "spans"], epsilon: floa
 
 
 def best_channel(
-    scores: Table, prior: Float64[np.ndarray, "spans"], epsilon: float, attacks: Sequence[Attack], floor: float = 0.0
+    scores: Table, prior: Float64[np.ndarray, " spans"], epsilon: float, attacks: Sequence[Attack], floor: float = 0.0
 ) -> Table:
     """Returns the table of most expected similarity, for ε·(1 - MARGIN) and attackers who are right no more than allowed.
 

@@ -54,7 +54,7 @@ def laplace_table(scores: Table, scale: float) -> Table:
     return table / table.sum(axis=1, keepdims=True)
 
 
-def _laplace_row(scores: Float64[np.ndarray, "candidates"]) -> Float64[np.ndarray, "candidates"]:
+def _laplace_row(scores: Float64[np.ndarray, " candidates"]) -> Float64[np.ndarray, " candidates"]:
     count = len(scores)
     kinks = np.unique(scores)
     pieces = np.maximum(np.ceil(np.diff(kinks) / LONGEST_INTERVAL), 1).astype(np.int64)
@@ -158,6 +158,6 @@ def exact_epsilon(table: Float[np.ndarray, "spans candidates"]) -> float:
     return float(np.log(top[alive] / bottom[alive]).max())
 
 
-def bayes_attack(table: Table, prior: Float64[np.ndarray, "spans"]) -> float:
+def bayes_attack(table: Table, prior: Float64[np.ndarray, " spans"]) -> float:
     """Returns how often the best attacker names the span right: Σ_y max_x π_x P[x,y]."""
     return float((prior[:, None] * table).max(axis=0).sum())

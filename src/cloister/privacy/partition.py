@@ -41,7 +41,7 @@ def sketch(vectors: Vectors, dimensions: int = SKETCH_DIMENSIONS) -> Float32[np.
     return vectors @ basis
 
 
-def partition(vectors: Vectors, members: int) -> list[Int64[np.ndarray, "_"]]:
+def partition(vectors: Vectors, members: int) -> list[Int64[np.ndarray, " _"]]:
     """Returns the rows of each class: floor(n / members) classes (at least one), their sizes within one of each other.
 
     A class has at least `members` rows unless there are fewer in all, and fewer than twice as many.

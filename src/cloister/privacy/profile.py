@@ -56,7 +56,7 @@ def check_dominates(curve: DominatingCurve, tables: Sequence[AnyWeights]) -> Non
         raise CertificateError("A table reveals more than its dominating curve says.", remedy=REMEDY)
 
 
-def profile(weights: AnyWeights, gap: float, steps: int) -> Float64[np.ndarray, "points"]:
+def profile(weights: AnyWeights, gap: float, steps: int) -> Float64[np.ndarray, " points"]:
     """Returns δ(ε) = max over pairs of Σ_y max(0, P[x,y] - e^ε P[x',y]) at 0, gap, ..., steps·gap.
 
     As `certificate.hockey_stick`, in one pass: each y counts at every ε below its loss ln(P[x,y] / P[x',y]), so a

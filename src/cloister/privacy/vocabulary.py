@@ -151,7 +151,7 @@ def read_frequencies(path: Path) -> dict[str, float]:
     return table
 
 
-def frequencies_of(entries: Sequence[Entry], table: Mapping[str, float]) -> Float64[np.ndarray, "_"]:
+def frequencies_of(entries: Sequence[Entry], table: Mapping[str, float]) -> Float64[np.ndarray, " _"]:
     """Returns how often each entry occurs by a list, whatever its case; 0 where the list lacks it."""
     return np.array([table.get(entry.text.strip().lower(), 0.0) for entry in entries])
 
