@@ -289,7 +289,7 @@ class KeptRows:
         more = max(FIRST_ROWS, 1 << (rows - 1).bit_length()) - capacity
         values, pads = self._stored
         axis = 2 if self.transposed else 1
-        outgrown = [values, pads, self._scales, self._keys if self.transposed else self._sums]
+        outgrown: list[np.ndarray] = [values, pads, self._scales, self._keys if self.transposed else self._sums]
         grown = [
             _grown(array, at, more)
             for array, at in zip(outgrown, (axis, axis, 1, 1 if self.transposed else 2), strict=True)
