@@ -17,6 +17,7 @@ from cloister.blinding import kernels, pads
 from cloister.blinding.mill import Mill
 from cloister.blinding.pads import PadSource
 from cloister.blinding.pantry import Pantry
+from cloister.enclave import engine
 from cloister.enclave.forward import Forward
 from cloister.enclave.kvcache import PagedKVCache
 from cloister.enclave.outsource import Fault, Gate, Incident
@@ -25,6 +26,7 @@ from cloister.errors import AcceleratorTimeoutError, NonFiniteError, PantryEmpty
 from cloister.model.directory import open_model
 from cloister.settings import AcceleratorSettings, BlindingSettings, OnFailure, Prefill, Settings, Weights, WhenEmpty
 from cloister.wire.messages import Blinded, PublicWeight
+from cloister.wire.session import Generate, Sampling
 
 PROMPT = "Once upon a time, there was a kind fox named Mia."
 
@@ -262,6 +264,30 @@ def test_shape_hiding_shows_a_bucket_and_changes_no_token(
     setup = Setup(model, [observer], blinded(shape_hiding=32))
     assert setup.greedy(tokens, 4) == expected[:4]
     assert {rows.shape[0] for _, rows in observer.seen} == {1, 32}
+
+
+@pytest.mark.parametrize(("bucket", "lengths"), [(64, (20, 37, 50)), (8, (17, 20)), (12, (13, 20, 24)), (32, (1, 30))])
+def test_prompts_of_one_bucket_look_alike_however_many_passes_they_take(
+    bucket: int, lengths: tuple[int, ...], model: EnclaveModel, tokens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", 16)
+    directory = open_model(demo_model())
+    shown, texts = [], []
+    for setting in (blinded(shape_hiding=bucket), blinded()):
+        for length in lengths:
+            observer = Observer(InProcessAccelerator())
+            setup = Setup(model, [observer], setting)
+            run = engine.Engine(setup.forward, setup.gate, setup.pantry, directory.tokenizer, directory.defaults)
+            prompt = (tokens * 4)[:length]
+            monkeypatch.setattr(run, "_encode", lambda *_, prompt=prompt: prompt)
+            asked = Generate(Sampling(max_new_tokens=2, temperature=0, ignore_eos=True), prompt="x")
+            made = [delta.token_ids for delta in run.generate(asked, lambda: None, lambda _: None)]
+            shown.append([(weight, rows.shape[0]) for weight, rows in observer.seen])
+            texts.append(made)
+    hidden, plain = shown[: len(lengths)], shown[len(lengths) :]
+    assert all(one == hidden[0] for one in hidden)
+    assert not all(one == plain[0] for one in plain)
+    assert texts[: len(lengths)] == texts[len(lengths) :]
 
 
 def test_two_planes_are_lent_as_well(tokens: list[int]) -> None:

@@ -36,7 +36,9 @@ DEFAULT_NEW_TOKENS: Final = 512
 """Longest answer when neither the request nor the model says."""
 
 PREFILL_TOKENS: Final = 256
-"""Tokens of the prompt per pass: bounds the memory of a pass, and the time until a cancel is seen."""
+"""Tokens of the prompt per pass: bounds the memory of a pass, and the time until a cancel is seen.
+
+A bucket of `shape_hiding` may be longer."""
 
 
 @runtime_checkable
@@ -264,9 +266,10 @@ class _Run:
         finish(self._finished(reused, prefilled - started, time.perf_counter() - prefilled))
 
     def _prefill(self, tokens: list[int]) -> Float32[np.ndarray, " vocab"]:
-        for start in range(0, len(tokens), PREFILL_TOKENS):
+        step = self._engine.forward.piece_tokens(PREFILL_TOKENS)
+        for start in range(0, len(tokens), step):
             self._check_cancelled()
-            logits = self._pass(tokens[start : start + PREFILL_TOKENS], len(self._prompt))
+            logits = self._pass(tokens[start : start + step], len(self._prompt))
         return logits
 
     def _pass(self, tokens: list[int], sequence_length: int = 0) -> Float32[np.ndarray, " vocab"]:

@@ -131,6 +131,12 @@ class Forward:
         self._cache.truncate(self._sequence, 0)
         self._model, self._gate, self._norms = model, gate, _head_norms(model)
 
+    def piece_tokens(self, most: int) -> int:
+        """Returns how many tokens of a prompt a pass takes: `most`, or with `shape_hiding` whole buckets, so that prompts of one
+        bucket take passes of one shape.
+        """
+        return max(self._bucket, most - most % self._bucket) if self._bucket else most
+
     def truncate(self, tokens: int) -> None:
         """Forgets all but the first `tokens` tokens."""
         self._cache.truncate(self._sequence, tokens)
@@ -166,7 +172,7 @@ class Forward:
     ) -> Float32[np.ndarray, "rows vocab"]:
         model, spec, gate = self._model, self._model.spec, self._gate
         real = len(tokens)
-        rows = self._padded(real)
+        rows = self._padded(real, in_prompt=sequence_length > 0)
         lend = gate.lends(rows)
         x = np.zeros((rows, spec.hidden_size), np.float32)
         x[:real] = model.embedding.rows(tokens)
@@ -203,9 +209,12 @@ class Forward:
         gate.linear(len(gate.linears) - 1, kept, logits, lend)
         return logits
 
-    def _padded(self, rows: int) -> int:
-        """Returns how many rows the accelerator sees for `rows` real ones (zero rows, blinded like any other)."""
-        if rows == 1 or not self._bucket:
+    def _padded(self, rows: int, in_prompt: bool) -> int:
+        """Returns how many rows the accelerator sees for `rows` real ones (zero rows, blinded like any other).
+
+        One row is not padded where it may be a token of the answer; a last piece of a prompt is, however short.
+        """
+        if not self._bucket or (rows == 1 and not in_prompt):
             return rows
         return -(-rows // self._bucket) * self._bucket
 
