@@ -111,7 +111,7 @@ class Engine:
             RequestError: the request is invalid, or longer than the context.
             AcceleratorError: the accelerators failed and the settings say to stop.
         """
-        self.release.check(request.sampling.top_logprobs)
+        self.release.check(request.sampling.top_logprobs, biased=bool(request.sampling.logit_bias))
         voice = self._find(request.adapter)
         tokens = self._encode(request, voice.tokenizer)
         settings = self._sampling(request.sampling, len(tokens), voice.defaults)

@@ -1,8 +1,8 @@
 """What of the logits leaves the enclave: all, none but the chosen token, or a perturbed form.
 
 Covers: log-probabilities that are withheld where the threat profile keeps logits from clients, since full logits give the LM
-head away (Carlini et al. 2024, arXiv 2403.06634); and noise on logits before anything is chosen or released, as SecureInfer
-proposes without saying which (our choice: Gaussian, in nats).
+head away, and a client's own biases, which get them from the choice of tokens (Carlini et al. 2024, arXiv 2403.06634); noise on
+logits before anything is chosen or released, as SecureInfer proposes without saying which (our choice: Gaussian, in nats).
 Guarantees: with noise, no exact logit leaves, neither as a log-probability nor through the choice of a token. The noise is a
 function of adapter and context under a key of this process: asking again averages nothing away, and what is known of a public
 base says nothing about the noise on an adapter's logits.
@@ -28,8 +28,16 @@ class Release:
         self.logprobs = logprobs
         self._key = key or os.urandom(32)
 
-    def check(self, top_logprobs: int) -> None:
-        """Raises `RequestError` if a request asks for log-probabilities that are withheld."""
+    def check(self, top_logprobs: int, biased: bool = False) -> None:
+        """Raises `RequestError` if a request asks for log-probabilities that are withheld, or brings biases of its own then.
+
+        A bias makes the choice of a token compare two logits, so that a search by halves finds each of them exactly.
+        """
+        if biased and not self.logprobs:
+            raise RequestError(
+                "`logit_bias` is refused: by their choice of tokens, biases tell the logits that the threat profile withholds.",
+                remedy="Ask without logit_bias, or let the model's owner set plan.logit_noise.",
+            )
         if top_logprobs and not self.logprobs:
             raise RequestError(
                 "Log-probabilities are withheld: the threat profile keeps logits from clients.",
