@@ -7,7 +7,7 @@ WORKERS ?= 2
 GPU_PYTHON ?= $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint types fmt cov docs docs-check bench bench-smoke fuzz lock clean bench-gpu vllm vllm-serve test-vllm
+.PHONY: help setup demo test test-all lint types fmt cov docs bench bench-smoke fuzz lock clean bench-gpu vllm vllm-serve test-vllm
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'

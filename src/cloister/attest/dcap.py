@@ -158,9 +158,3 @@ def _tcb(report: Report, tcb: IntelTcb, findings: Findings) -> None:
             f"open and not accepted: {', '.join(open_ones)}",
         )
     findings.member(Check.PLATFORM, "the platform (PPID)", report.ppid, tcb.platforms)
-
-
-def require_body(quote: quotes.Quote, wanted: type) -> None:
-    """Raises `EvidenceError` when evidence of one kind holds the quote of another."""
-    if not isinstance(quote.body, wanted):
-        raise EvidenceError("The evidence holds a quote of another kind than it says.")

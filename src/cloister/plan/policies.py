@@ -227,8 +227,6 @@ _ALL: Final = (
 POLICIES: Final[Mapping[str, Policy]] = MappingProxyType({policy.name: policy for policy in _ALL})
 """Every policy by name, sound ones first."""
 
-DEFAULT_POLICY: Final = "blinded"
-
 
 def policy_named(name: str) -> Policy:
     """Returns the policy called `name`.

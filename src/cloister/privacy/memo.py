@@ -60,10 +60,6 @@ class Memo:
         """Returns whether no span got this replacement."""
         return normalised(text) not in self._used
 
-    def forget(self) -> None:
-        """Forgets everything, and the key."""
-        self.__init__()  # type: ignore[misc]
-
     def __len__(self) -> int:
         return len(self._table)
 

@@ -10,7 +10,6 @@ Does not cover: whether the broker is honest about refusing; a broker that gives
 import http.client
 import socket
 import ssl
-from collections.abc import Callable
 from contextlib import closing
 from typing import Final, TypeVar
 from urllib.parse import urlsplit
@@ -28,8 +27,6 @@ from cloister.wire.channel_messages import Suite
 TIMEOUT_SECONDS: Final = 30.0
 
 Message = TypeVar("Message", Challenge, Released)
-
-Connect = Callable[[], http.client.HTTPConnection]
 
 
 def connect(address: str) -> http.client.HTTPConnection:

@@ -9,7 +9,7 @@ from itertools import permutations
 
 import pytest
 
-POSTED, STOP, FENCE = "posted", "stop", "fence"
+POSTED, STOP = "posted", "stop"
 
 TURNS = 2
 """Looks of a program before it is considered still waiting."""

@@ -32,11 +32,6 @@ class Requests:
         self._posted = 0
         self._answered = 0
 
-    @property
-    def next_node(self) -> int:
-        """Which product of the step the device waits for."""
-        return self._posted % self._nodes
-
     def distance(self, node: int) -> int:
         """Returns how many orders would be skipped to get to `node`."""
         return (node - self._posted) % self._nodes

@@ -13,7 +13,6 @@ from typing import Final
 
 import triton.language as tl
 
-from cloister.accelerator.cuda.configurations import DECODE_ROWS
 from cloister.accelerator.cuda.digit_kernels import store_digits
 from cloister.accelerator.cuda.jit import INTERPRETED, kernel, kernel_varying
 from cloister.accelerator.cuda.ring import (
@@ -47,7 +46,6 @@ _STOPPED: tl.constexpr = tl.constexpr(STOPPED)
 _MISMATCH: tl.constexpr = tl.constexpr(MISMATCH)
 _DONE: tl.constexpr = tl.constexpr(int(Answer.DONE))
 _REFUSED: tl.constexpr = tl.constexpr(int(Answer.MISMATCH))
-_MOST_ROWS: tl.constexpr = tl.constexpr(DECODE_ROWS)
 _PIECE: tl.constexpr = tl.constexpr(PIECE)
 _INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
 
