@@ -41,6 +41,28 @@ def test_help_teaches(command: list[str]) -> None:
     assert len(out) > 300
 
 
+@pytest.mark.parametrize(("module", "extra"), [("sklearn.linear_model", "bench"), ("torch", "accelerator")])
+def test_a_package_that_is_not_installed_is_named_with_what_installs_it(
+    module: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr(main, "app", fail)
+    with pytest.raises(SystemExit):
+        main.main()
+    assert f"pip install 'cloister[{extra}]'" in capsys.readouterr().err
+
+
+def test_a_module_of_ours_that_is_missing_is_a_fault_and_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ModuleNotFoundError("No module named 'cloister.lost'", name="cloister.lost")
+
+    monkeypatch.setattr(main, "app", fail)
+    with pytest.raises(ModuleNotFoundError):
+        main.main()
+
+
 def test_an_error_that_quotes_a_server_is_shown_as_it_is_and_steers_no_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

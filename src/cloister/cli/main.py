@@ -27,6 +27,7 @@ from cloister.cli import (
     verify,
 )
 from cloister.cli.display import foreign, stderr
+from cloister.cli.missing import missing_package
 from cloister.errors import CloisterError
 
 app = typer.Typer(
@@ -85,8 +86,9 @@ def main() -> None:
     """Runs the command line; a known error is one line and the exit code 1, with a traceback only under --debug."""
     try:
         app()
-    except CloisterError as error:
-        if "--debug" in sys.argv:
+    except (CloisterError, ModuleNotFoundError) as caught:
+        error = caught if isinstance(caught, CloisterError) else missing_package(caught)
+        if error is None or "--debug" in sys.argv:
             raise
         console = stderr()
         console.print("[bold red]error:[/bold red]", foreign(error.message), soft_wrap=True)
