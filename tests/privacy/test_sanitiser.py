@@ -115,6 +115,50 @@ def test_a_name_found_once_is_a_secret_everywhere(tmp_path: Path) -> None:
     assert "Zorblax" not in safe.sanitise(["Zorblax?"]).texts[0]
 
 
+SURROUNDED = (
+    "My password is hunter2!x please.", "The token: abcdefgh is mine.", "The patient PAT-88231 is here.",
+    "Pay with 4111111111111111 now.", "Pay with 4111 1111 1111 1111 now.", "I earn 45,200 dollars.",
+    "Call 030 1234567 now.", "My number is 123-45-6789 here.", "Host 10.11.12.13 is down.", "Write to anna@firm.org today.",
+    "Born on 1980-05-17 in May.", "He works at Falcon Dynamics Inc today.",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SURROUNDED)
+def test_what_was_found_by_its_surroundings_is_a_secret_without_them(text: str, tmp_path: Path) -> None:
+    """An answer is restored, and comes back with the next request: what stood for a secret must not open it there."""
+    safe = sanitiser(tmp_path, ListSampler(epsilon=0.001))
+    first = safe.sanitise([text])
+    swap = next(swap for swap in first.swaps if swap.sent != swap.own)
+    reverse = ReverseMap(first.swaps, first.kept)
+    opened = 0
+    for before in ("", "@", ".", "/", "-", "x="):
+        for after in ("", ",7", "-x", "s", "'s", " it is"):
+            restored = restore(f"{before}{swap.sent}{after}", reverse)
+            if swap.own in restored:
+                opened += 1
+                (again,) = safe.sanitise([restored]).texts
+                assert not re.search(rf"(?<!\w){re.escape(swap.own)}(?!\w)", again), (restored, again)
+    assert opened > 10
+    assert safe.sanitise([text]).texts == first.texts
+
+
+def test_a_single_digit_that_was_an_amount_is_the_same_one_elsewhere(tmp_path: Path) -> None:
+    safe = sanitiser(tmp_path)
+    (swap,) = safe.sanitise(["It is 5% of all."]).swaps
+    assert safe.sanitise(["So 5 it is, not .5 but 5."]).texts == (
+        f"So {swap.sent} it is, not .{swap.sent} but {swap.sent}.",
+    )
+
+
+def test_a_public_word_in_the_place_of_a_password_stays_one_elsewhere_and_is_not_put_back(tmp_path: Path) -> None:
+    safe = sanitiser(tmp_path)
+    first = safe.sanitise(["The password is money, and the pin is that."])
+    assert "money" not in first.texts[0]
+    assert first.counts["key"] == 2
+    assert not first.swaps
+    assert safe.sanitise(["That is money."]).texts == ("That is money.",)
+
+
 def test_the_charge_is_what_the_draws_cost(tmp_path: Path) -> None:
     sanitised = sanitiser(tmp_path).sanitise([TEXT])
     assert sanitised.receipt.spent.draws == 5  # and the number

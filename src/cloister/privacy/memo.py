@@ -4,15 +4,24 @@ Covers: repeats within a prompt, across prompts and in the answers that a chat s
 Guarantees: the table is keyed by HMAC-SHA256 under a key of the session, over the type (word or name, identifier, value)
 and the normalised span, so it holds no span. Whether a name was taken for a person or for a place makes no second draw.
 Key and table live in memory only; `forget` drops both.
+Where a whole span may stand again is told by keyed hashes of its first letters and of its form, and by its length.
 Does not cover: a restart. It draws anew and the ledger charges anew, since two draws do tell more than one.
 """
 
 import hmac
 import os
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from cloister.privacy.labels import Label
+
+HEAD: Final = 2
+"""First characters of a span by whose hash it is looked for."""
+
+_BEGIN: Final = re.compile(r"(?<!\w)\w|[^\w\s]")
+"""Where something begins that restoring may have put there (`privacy.restore`): a word, or a sign."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +40,36 @@ class Memo:
         self._table: dict[bytes, Remembered] = {}
         self._used: set[str] = set()
         self._seen: set[int] = set()  # Python's keyed hashes, 64 bits, of this process
+        self._lengths: dict[int, tuple[int, ...]] = {}  # of spans to look for, by the hash of their heads
+        self._firsts: set[int] = set()  # hashes of their first characters
 
     def tag(self, label: Label, span: str) -> bytes:
         """Returns the key of a span: equal for equal spans, whatever their case and blanks."""
         plain = normalised(span)
         self._seen.add(hash(plain))
         return hmac.digest(self._key, f"{type(label).__name__}\0{plain}".encode(), "sha256")
+
+    def look_for(self, span: str) -> None:
+        """Lets `places` tell where this span may stand."""
+        folded, length = span.casefold(), len(span)
+        self._firsts.add(hash(folded[0]))
+        known = self._lengths.get(head := hash(folded[:HEAD]), ())
+        if length not in known:
+            self._lengths[head] = tuple(sorted((*known, length), reverse=True))
+
+    def places(self, text: str) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Yields where spans to look for may begin in a text, and how long they may be, the longest first."""
+        if not self._lengths:
+            return
+        folded = next((form for form in (text.casefold(), text.lower()) if len(form) == len(text)), text)
+        firsts, lengths = self._firsts, self._lengths
+        for match in _BEGIN.finditer(text):
+            start = match.start()
+            if hash(folded[start]) in firsts:
+                found = lengths.get(hash(folded[start : start + HEAD]), ())
+                found += lengths.get(hash(folded[start]), ())  # single characters are heads of their own
+                if found:
+                    yield start, found
 
     def may_hold(self, span: str) -> bool:
         """Returns False only if no such span was ever tagged: a quick look before the HMAC."""

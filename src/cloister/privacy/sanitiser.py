@@ -1,9 +1,13 @@
 """A request's texts in, sanitised texts out: detect, remember, charge, draw, replace, in this order.
 
 Guarantees: the ledger has the charge on the disk before a draw is made, and a refusal leaves nothing drawn. Every span
-that was found is replaced, also where its replacement is unknown to the sampler. Equal spans get equal replacements.
+that was found is replaced, also where its replacement is unknown to the sampler. Equal spans get equal replacements, and what
+was found once is replaced wherever it stands in the session's later texts, whatever surrounds it: answers that were restored come
+back with the next request.
 Assumes: the sampler keeps its word about costs (its tables are certified when they are loaded).
-Does not cover: what no detector finds; lengths of the texts in words.
+Does not cover: what no detector finds; lengths of the texts in words; after a restart, what only a text before it
+told to be a secret.
+Edge cases: a public word in the place of a password (`the password is required`) is replaced there alone, and never put back.
 """
 
 import hashlib
@@ -11,7 +15,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -26,12 +30,15 @@ from cloister.privacy.mechanism import Cost, Kind, Mechanism, Sampler, Span
 from cloister.privacy.memo import Memo, Remembered
 from cloister.privacy.randomness import Randomness
 from cloister.privacy.restore import Swap
-from cloister.privacy.words import POSSESSIVE, WORD, cased_like, cleaned, is_stop_word, words_of
+from cloister.privacy.words import INSTRUCTION_WORDS, POSSESSIVE, WORD, cased_like, cleaned, is_stop_word, words_of
 
 NOTHING = Cost(0.0, 0.0)
 
 _NAME = re.compile(r"\S+")
 _PART = re.compile(r"[\w'’/.-]*\w")
+_ENDED = re.compile(r"(?:['’]s|['’]|s['’]|s|es)?(?!\w)")
+"""Where a word ends, or what English hangs on one: what restoring leaves there (`privacy.restore`)."""
+_REST = re.compile(r"\w(?:.*\w)?", re.DOTALL)
 
 TABLES_SHOWN = 32
 """Digits of the candidates' digest in a policy: 128 bits."""
@@ -140,9 +147,12 @@ class Sanitiser:
         return found
 
     def _piece(self, text: str, found: Finding, normal: dict[bytes, str]) -> Piece:
-        form = self._normal(text[found.start : found.stop], found.label)
+        own = text[found.start : found.stop]
+        form = self._normal(own, found.label)
         tag = self._memo.tag(found.label, form)
         normal.setdefault(tag, form)
+        if self._everywhere(own, found.label):
+            self._memo.look_for(own)
         return Piece(found.start, found.stop, found.label, tag)
 
     def _fresh(self, piece: Piece, text: str, normal: dict[bytes, str]) -> _Fresh:
@@ -154,12 +164,14 @@ class Sanitiser:
     ) -> tuple[list[tuple[Piece, ...]], frozenset[str]]:
         """Returns the pieces with those added whose words were found elsewhere, in this request or before it; all other words.
 
-        A name that a detector knows by its surroundings once is a secret everywhere; in lower case a name may be another word.
+        What a detector knows by its surroundings once is a secret everywhere: the password after `password is` also where an
+        answer repeats it, which comes back with the next request. In lower case a name may be another word.
         """
-        labels = {piece.tag: piece.label for row in found for piece in row if isinstance(piece.label, Kind)}
+        labels = {piece.tag: piece.label for row in found for piece in row}
         rows: list[tuple[Piece, ...]] = []
         kept: set[str] = set()
         for text, row in zip(texts, found, strict=True):
+            row = self._with_known(text, row, labels)
             words = _words_between(text, row)
             if self._memo.may_hold_any(words):
                 extra = self._named_elsewhere(text, row, labels)
@@ -186,6 +198,57 @@ class Sanitiser:
             if isinstance(label, Kind) and (span[0].isupper() or label is Kind.WORD):
                 extra.append(Piece(start, start + len(span), label, tag))
         return extra
+
+    def _everywhere(self, own: str, label: Label) -> bool:
+        """Returns whether a span is looked for letter by letter: single words of names and the like are looked for as words."""
+        if isinstance(label, Kind):
+            return WORD.fullmatch(own) is None
+        return isinstance(label, Numeral) or (len(own) > 2 and not self._ordinary(own))
+
+    def _ordinary(self, own: str) -> bool:
+        """Returns whether a span is a public word, as in `the password is required`."""
+        known = is_stop_word(own) or own.lower() in INSTRUCTION_WORDS
+        return known or (own.isalpha() and self._sampler.cost(Span(own.lower(), Kind.WORD)).epsilon > 0)
+
+    def _with_known(self, text: str, row: tuple[Piece, ...], labels: Mapping[bytes, Label]) -> tuple[Piece, ...]:
+        """Returns the pieces with those added that were found elsewhere and stand here again, and the others cut to make room."""
+        known: list[Piece] = []
+        for start, lengths in self._memo.places(text):
+            if not known or start >= known[-1].stop:
+                found = (self._known(text, start, start + length, labels) for length in lengths)
+                known += filter(None, [next(filter(None, found), None)])
+        known = [one for one in known if not any(p.start <= one.start and one.stop <= p.stop for p in row)]
+        if not known:
+            return row
+        kept = [piece for part in row for piece in self._beside(text, part, known)]
+        return tuple(sorted([*kept, *known], key=lambda piece: piece.start))
+
+    def _known(self, text: str, start: int, stop: int, labels: Mapping[bytes, Label]) -> Piece | None:
+        own = text[start:stop]
+        if len(own) < stop - start or own[-1].isspace() or not self._memo.may_hold(own):
+            return None
+        if (own[-1].isalnum() or own[-1] == "_") and _ENDED.match(text, stop) is None:
+            return None
+        for some in (Format.IDENTIFIER, Numeral.NUMBER, Kind.WORD):
+            tag = self._memo.tag(some, own)
+            remembered = self._memo.get(tag)
+            label = labels.get(tag) or (remembered.label if remembered else None)
+            if label is not None and self._everywhere(own, label):
+                named = isinstance(label, Kind) and label is not Kind.WORD
+                return None if named and own.islower() else Piece(start, stop, label, tag)
+        return None
+
+    def _beside(self, text: str, piece: Piece, known: Sequence[Piece]) -> Iterator[Piece]:
+        """Yields what of a piece lies outside of those that are known."""
+        over = [one for one in known if one.start < piece.stop and piece.start < one.stop]
+        if not over:
+            yield piece
+            return
+        starts, stops = [piece.start, *[one.stop for one in over]], [*[one.start for one in over], piece.stop]
+        label = Format.IDENTIFIER if isinstance(piece.label, Numeral) else piece.label
+        for start, stop in zip(starts, stops, strict=True):
+            if start < stop and (rest := _REST.search(text, start, stop)) is not None:
+                yield self._piece(text, Finding(*rest.span(), label), {})
 
     def _normal(self, span: str, label: Label) -> str:
         """Returns the form of a span for which its replacement is drawn: one form for all of its cases.
@@ -247,7 +310,8 @@ class Sanitiser:
             own = text[piece.start : piece.stop]
             sent = cased_like(remembered.text, own) if isinstance(piece.label, Kind) else remembered.text
             parts += [text[place : piece.start], sent]
-            swaps.append(Swap(sent, own, piece.label))
+            if piece.label is not Format.KEY or not self._ordinary(own):  # put back it would not be found again
+                swaps.append(Swap(sent, own, piece.label))
             place = piece.stop
         return "".join([*parts, text[place:]]), swaps
 
