@@ -89,7 +89,10 @@ class TdxPolicy:
         _sizes("mrtd", self.mrtd, 48)
         _sizes("mrconfigid", self.mrconfigid, 48)
         if len(self.rtmr) != 4:
-            raise SettingsError(f"A TDX policy names {len(self.rtmr)} of the 4 run-time registers.")
+            raise SettingsError(
+                f"A TDX policy names {len(self.rtmr)} of the 4 run-time registers.",
+                remedy='State each of RTMR0 to 3, or { skip = "why not" } for one.',
+            )
         for number, register in enumerate(self.rtmr):
             _sizes(f"rtmr{number}", register, 48)
 
@@ -235,7 +238,9 @@ class Policy:
     def __post_init__(self) -> None:
         kinds = [_KINDS[type(record)] for record in self.accept]
         if len(set(kinds)) != len(kinds):
-            raise SettingsError("A policy states one kind of evidence twice.")
+            raise SettingsError(
+                "A policy states one kind of evidence twice.", remedy="Merge the two records: one record for each kind."
+            )
         _not_empty("accepted kinds", self.accept)
         if not isinstance(self.report_data, Skip) and len(self.report_data) != REPORT_DATA_BYTES:
             raise SettingsError(f"Report data of {len(self.report_data)} bytes.", remedy="It must be 64 bytes.")

@@ -80,7 +80,10 @@ def read(path: Path, report_data: bytes | Skip) -> Expectations:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise SettingsError(f"The policy {path} is longer than {MAX_BYTES} bytes.")
+            raise SettingsError(
+                f"The policy {path} is longer than {MAX_BYTES} bytes.",
+                remedy="Is it a policy? One states a few hashes.",
+            )
         values = tomllib.loads(content.decode())
     except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"Cannot read the policy {path}: {error}.", remedy="Give a TOML file.") from error
@@ -128,7 +131,9 @@ def parse_root(where: str, text: Any) -> bytes:
 
 def _record(kind: type, table: Any, where: str) -> Any:
     if not isinstance(table, Mapping):
-        raise SettingsError(f"{where!r} is not a table.")
+        raise SettingsError(
+            f"{where!r} is not a table.", remedy=f"Write it as a table: [{where}], or {where} = {{ ... }}."
+        )
     hints = get_type_hints(kind)
     for key in table:
         if key not in hints:
@@ -156,7 +161,9 @@ def _convert(where: str, hint: Any, value: Any) -> Any:
         )
     if get_origin(hint) is Mapping:
         if not isinstance(value, Mapping):
-            raise SettingsError(f"{where!r} is not a table.")
+            raise SettingsError(
+                f"{where!r} is not a table.", remedy=f"Write it as a table: [{where}], or {where} = {{ ... }}."
+            )
         return {_number(where, key): _convert(f"{where}.{key}", get_args(hint)[1], item) for key, item in value.items()}
     return _SIMPLE[hint](where, value)
 
@@ -167,7 +174,7 @@ def _skip(where: str, value: Any) -> Skip:
             f"{where!r} cannot be checked here.", remedy='Acknowledge it: { skip = "why this is fine" }.'
         )
     if not isinstance(value["skip"], str) or not value["skip"].strip():
-        raise SettingsError(f"{where!r} is skipped without a reason.")
+        raise SettingsError(f"{where!r} is skipped without a reason.", remedy='Say why that is fine: { skip = "why" }.')
     return Skip(value["skip"])
 
 
@@ -179,7 +186,7 @@ def _number(where: str, key: str) -> int:
 
 def _list(where: str, value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise SettingsError(f"{where!r} is not a list.")
+        raise SettingsError(f"{where!r} is not a list.", remedy=f'Write it as a list: {where} = ["..."].')
     return value
 
 

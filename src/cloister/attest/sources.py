@@ -58,7 +58,10 @@ def collateral_file(path: Path) -> Callable[[], bytes]:
                 remedy="Fetch it with the quote provider's tool, and fetch it again before it expires.",
             ) from error
         if len(content) > MAX_COLLATERAL_BYTES:
-            raise AttesterError(f"The collateral {path} is longer than {MAX_COLLATERAL_BYTES} bytes.")
+            raise AttesterError(
+                f"The collateral {path} is longer than {MAX_COLLATERAL_BYTES} bytes.",
+                remedy="Fetch it again with the quote provider's tool.",
+            )
         return content
 
     return read

@@ -165,10 +165,14 @@ class TpmClient:
                 while len(answer) < 10 or len(answer) < int.from_bytes(answer[2:6], "big"):
                     part = self._socket.recv(_MAX_ANSWER - len(answer))
                     if not part:
-                        raise AttesterError("The TPM closed the connection.")
+                        raise AttesterError(
+                            "The TPM closed the connection.", remedy="Is swtpm still running? Ask again."
+                        )
                     answer += part
         except OSError as error:
-            raise AttesterError(f"The TPM does not answer: {error}.") from error
+            raise AttesterError(
+                f"The TPM does not answer: {error}.", remedy="Ask again; if it stays silent, restart what runs it."
+            ) from error
         if len(answer) < 10 or int.from_bytes(answer[2:6], "big") != len(answer):
             raise AttesterError("The TPM's answer is cut.")
         return answer

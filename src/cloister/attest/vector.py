@@ -53,7 +53,9 @@ class Vector:
             found = msgspec.json.decode(document[: MAX_BYTES + 1], type=_Document)
             report_data = bytes.fromhex(found.report_data)
         except (msgspec.DecodeError, UnicodeError, RecursionError, ValueError) as error:
-            raise SettingsError("This is not a conformance vector.") from error
+            raise SettingsError(
+                "This is not a conformance vector.", remedy="Give an input.json of a folder in tests/vectors."
+            ) from error
         if found.format != FORMAT or found.time.tzinfo is None:
             raise SettingsError(
                 "This vector has another format.", remedy=f"This version reads {FORMAT}, times with zone."
@@ -96,7 +98,10 @@ class ReceiptVector:
             found = msgspec.json.decode(document[: MAX_BYTES + 1], type=_ReceiptDocument)
             wanted = None if found.model_roots is None else frozenset(bytes.fromhex(root) for root in found.model_roots)
         except (msgspec.DecodeError, UnicodeError, RecursionError, ValueError) as error:
-            raise SettingsError("This is not a conformance vector of a receipt.") from error
+            raise SettingsError(
+                "This is not a conformance vector of a receipt.",
+                remedy="Give an input.json of a folder tests/vectors/receipt-*.",
+            ) from error
         if found.format != RECEIPT_FORMAT or found.time.tzinfo is None:
             raise SettingsError(
                 "This vector has another format.", remedy=f"This version reads {RECEIPT_FORMAT}, times with zone."

@@ -266,5 +266,8 @@ def _base_weights(base: Path, model: EnclaveModel, team: Team) -> list[np.ndarra
     linears = prepare(opened.checkpoint, opened.spec, BlindingSettings(), PadSource(), team=team).linears
     opened.checkpoint.close()
     if [linear.matrix.shape for linear in linears] != [linear.matrix.shape for linear in model.linears]:
-        raise SettingsError(f"{base} is no base of this model: its layers have other shapes.")
+        raise SettingsError(
+            f"{base} is no base of this model: its layers have other shapes.",
+            remedy="Give the model that this one was fine-tuned from.",
+        )
     return [true_weight(linear) for linear in linears]

@@ -73,7 +73,10 @@ def watch(
     """
     require_measurable(policy)
     if policy not in SCHEMES and (shielded is not None or delta is not None):
-        raise SettingsError(f"The policy {policy} has no amount to shield and no slices.")
+        raise SettingsError(
+            f"The policy {policy} has no amount to shield and no slices.",
+            remedy="Leave both out, or choose one of the baselines.",
+        )
     if policy in LENT or policy == "enclave-only":
         return _watch_own_gate(policy, model, team)
     observer = ExposureObserver(MEMORY_BYTES)

@@ -63,7 +63,10 @@ def read_labelled(path: Path) -> list[dict[str, Any]]:
     """
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise SettingsError(f"{path} is longer than {MAX_BYTES} bytes.")
+            raise SettingsError(
+                f"{path} is longer than {MAX_BYTES} bytes.",
+                remedy="Measure a part of it: some thousands of texts.",
+            )
         rows = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise SettingsError(

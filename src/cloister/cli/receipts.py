@@ -49,7 +49,9 @@ def keep(reply: "Reply", path: Path) -> None:
     """
     receipt = reply.receipt
     if receipt is None:
-        raise SettingsError("The answer has no end, so it has no receipt.")
+        raise SettingsError(
+            "The answer has no end, so it has no receipt.", remedy="Ask again, and let the answer come to its end."
+        )
     request, response = (path.with_suffix(suffix) for suffix in SUFFIXES)
     for place, content in ((request, reply.request), (response, reply.response), (path, receipt.encode())):
         _write(place, content)
@@ -61,7 +63,9 @@ def keep_numbered(reply: "Reply", folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         taken = [int(file.stem) for file in folder.glob("*.json") if file.stem.isdecimal()]
     except OSError as error:
-        raise SettingsError(f"The receipts cannot be kept in {folder}: {error.strerror}.") from error
+        raise SettingsError(
+            f"The receipts cannot be kept in {folder}: {error.strerror}.", remedy="Name a folder that you may write."
+        ) from error
     path = folder / f"{max(taken, default=0) + 1:03}.json"
     keep(reply, path)
     return path
@@ -93,4 +97,6 @@ def _write(path: Path, content: bytes) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise SettingsError(f"The receipt {path} cannot be written: {error.strerror}.") from error
+        raise SettingsError(
+            f"The receipt {path} cannot be written: {error.strerror}.", remedy="Free space, or name another place."
+        ) from error

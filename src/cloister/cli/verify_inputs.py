@@ -119,7 +119,9 @@ def content(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(MAX_RECEIPT_BYTES + 1)
     except OSError as error:
-        raise SettingsError(f"{path} cannot be read: {error.strerror}.") from error
+        raise SettingsError(
+            f"{path} cannot be read: {error.strerror}.", remedy="Give a file that you may read."
+        ) from error
 
 
 def exchanged(path: Path) -> bytes:
@@ -132,7 +134,9 @@ def exchanged(path: Path) -> bytes:
         with path.open("rb") as file:
             found = file.read(MAX_EXCHANGED_BYTES + 1)
     except OSError as error:
-        raise SettingsError(f"{path} cannot be read: {error.strerror}.") from error
+        raise SettingsError(
+            f"{path} cannot be read: {error.strerror}.", remedy="Give a file that you may read."
+        ) from error
     if len(found) > MAX_EXCHANGED_BYTES:
         raise SettingsError(
             f"{path} is longer than {MAX_EXCHANGED_BYTES} bytes, so it is not compared with the receipt.",

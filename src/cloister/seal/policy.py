@@ -18,7 +18,9 @@ def parse_policy(text: str) -> tuple[Policy, Roots]:
     try:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise SettingsError(f"The policy is not TOML: {error}.") from error
+        raise SettingsError(
+            f"The policy is not TOML: {error}.", remedy="Give the text of a policy file (docs/attestation.md)."
+        ) from error
     found = from_mapping(values, Skip("set for each release"))
     return found.policy, found.roots
 

@@ -54,7 +54,9 @@ class ServerModel:
         try:
             config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{directory} has no usable config.json: {error}.") from error
+            raise CheckpointError(
+                f"{directory} has no usable config.json: {error}.", remedy="Give the folder of a Hugging Face model."
+            ) from error
         names = config.architectures or [""]
         kind = CLASSIFIER if names[0].endswith("ForSequenceClassification") else DECODER
         if (kind == DECODER and not names[0].endswith("ForCausalLM")) or (

@@ -217,7 +217,10 @@ def _entries(kind: type[Any], entries: list[Mapping[str, Any]], name: str) -> tu
     try:
         return tuple(from_mapping(kind, entry, f"{name}.") for entry in entries)
     except TypeError as error:
-        raise SettingsError(f"The configuration {name!r} is incomplete: {error}.") from error
+        raise SettingsError(
+            f"The configuration {name!r} is incomplete: {error}.",
+            remedy="Give every field, as the file's other entries do.",
+        ) from error
 
 
 def _fitting(name: str, all_of: tuple[Configuration, ...], rows: int, d_out: int, d_in: int) -> list[Configuration]:

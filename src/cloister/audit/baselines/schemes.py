@@ -72,7 +72,9 @@ def shielded_amount(scheme: Scheme, layers: int, asked: float | None) -> float:
     """
     if scheme.shield is Shield.NOTHING:
         if asked is not None:
-            raise SettingsError(f"{scheme.name} shields {scheme.inside}; there is no amount to choose.")
+            raise SettingsError(
+                f"{scheme.name} shields {scheme.inside}; there is no amount to choose.", remedy="Leave the amount out."
+            )
         return 0.0
     if scheme.shield is Shield.FRACTION:
         fraction = DEFAULT_FRACTION if asked is None else asked
