@@ -170,7 +170,7 @@ def detection(
     """How much personal data the detectors find, by type, and how much of everything else they leave alone."""
     from cloister.bench.detection import run
 
-    record = run(data, candidates, [name.strip() for name in detectors.split(",")], smoke, stderr())
+    record = run(data, candidates, _names(detectors), smoke, stderr())
     _publish(record, out)
 
 
@@ -185,7 +185,7 @@ def restoring(
     """How many replaced spans an answer gives back, and what a text costs, at every ε of a candidate file."""
     from cloister.bench.restoring import run
 
-    record = run(data, candidates, [name.strip() for name in detectors.split(",")], smoke, stderr())
+    record = run(data, candidates, _names(detectors), smoke, stderr())
     _publish(record, out)
 
 
@@ -207,8 +207,7 @@ def sanitize_speed(
     from cloister.assets import demo_model
     from cloister.bench.sanitize_speed import run
 
-    names = [name.strip() for name in detectors.split(",")]
-    record = run(model or demo_model(), candidates, names, data, prompts, smoke, stderr())
+    record = run(model or demo_model(), candidates, _names(detectors), data, prompts, smoke, stderr())
     _publish(record, out)
 
 
@@ -227,8 +226,7 @@ def crossing(
     from cloister.assets import demo_model
     from cloister.bench.crossing import run
 
-    names = [name.strip() for name in detectors.split(",")]
-    record = run(Path(model or demo_model()), candidates, names, requests, smoke, stderr())
+    record = run(Path(model or demo_model()), candidates, _names(detectors), requests, smoke, stderr())
     _publish(record, out)
 
 
@@ -258,7 +256,6 @@ def gateway(
     from cloister.bench.engines import Subject
     from cloister.bench.gateway import Effort, measure, record
     from cloister.bench.gateway_models import measure_models
-    from cloister.errors import SettingsError
 
     effort, tokens = (Effort(4, 0.0), [8]) if smoke else (Effort(requests, seconds), lengths or [64])
     if vllm is not None:
@@ -270,8 +267,7 @@ def gateway(
             "There is no engine to measure.", remedy="Give --vllm, or --engine, --model and --candidates."
         )
     made = record(rows, {"requests": effort.requests, "seconds": effort.seconds, "tokens": tokens, "smoke": smoke})
-    made.write(out)
-    made.show(stdout())
+    _publish(made, out)
 
 
 @app.command("sanitize")
@@ -330,6 +326,10 @@ def split(
 
     record = run(model or demo_model(), tokens, repeats, epsilon, smoke, stderr())
     _publish(record, out)
+
+
+def _names(detectors: str) -> list[str]:
+    return [name.strip() for name in detectors.split(",")]
 
 
 def _publish(record: "Record", out: Path) -> None:
