@@ -11,6 +11,7 @@ from cloister.cli import remote as r
 from cloister.cli.display import Display, foreign, human_bytes, stderr, stdout, summary_text
 from cloister.cli.receipts import ReceiptsOption, check_place, keep, keep_numbered
 from cloister.cli.session import cancellable, opened, stream
+from cloister.cli.streams import not_utf8, strict_input
 from cloister.errors import CloisterError, GenerationError, SettingsError
 from cloister.local.client import LLM
 from cloister.local.remote import RemoteLLM
@@ -113,11 +114,14 @@ class Conversation:
 
     def run(self) -> None:
         """Reads and answers until the end of input."""
+        strict_input()
         while True:
             try:
                 line = self._console.input("[bold]> [/bold]" if self._console.is_terminal else "")
             except EOFError:
                 return
+            except UnicodeDecodeError as error:
+                not_utf8(error)
             except KeyboardInterrupt:
                 self._console.print()
                 continue

@@ -25,8 +25,8 @@ def stdout() -> Console:
 
 
 def stderr() -> Console:
-    """Returns the console for everything that is not the answer."""
-    return Console(file=sys.stderr, highlight=False)
+    """Returns the console for everything that is not the answer; lines are broken on a terminal only."""
+    return Console(file=sys.stderr, highlight=False, soft_wrap=not sys.stderr.isatty())
 
 
 def foreign(text: str) -> Text:

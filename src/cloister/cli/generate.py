@@ -1,7 +1,6 @@
 """`cloister generate`: continue one prompt, or answer one request."""
 
 import json
-import sys
 from typing import Annotated, Any
 
 import msgspec
@@ -12,7 +11,7 @@ from cloister.cli import receipts
 from cloister.cli import remote as r
 from cloister.cli.display import Display, stderr, summary_text
 from cloister.cli.session import cancellable, opened, stream
-from cloister.errors import RequestError
+from cloister.cli.streams import read_prompt
 from cloister.local.client import LLM
 from cloister.local.remote import RemoteLLM
 from cloister.local.reply import Reply
@@ -72,7 +71,7 @@ def generate(
         file, weights, plan, addresses, workers, backend, pantry, when_empty, prefill, on_failure, timeout, context
     )
     receipts.check_place(receipt)
-    text = _prompt(prompt)
+    text = read_prompt(prompt)
     sampling = o.sampling(max_tokens, temperature, top_k, top_p, min_p, seed, stop)
     display = Display(quiet or as_json)
     adapters = o.adapters(adapter)
@@ -90,14 +89,6 @@ def generate(
                 receipts.tell(receipt, there.trust if there else receipts.own_trust(reply))
         if reply.finished is not None and not quiet and not as_json:
             stderr().print(summary_text(reply.finished))
-
-
-def _prompt(prompt: str | None) -> str:
-    if prompt is not None and prompt != "-":
-        return prompt
-    if prompt is None and sys.stdin.isatty():
-        raise RequestError("There is no prompt.", remedy='Give one with -p "...", or pipe it in.')
-    return sys.stdin.read()
 
 
 def _ask(llm: LLM | RemoteLLM, text: str, chat: bool, adapter: str, sampling: dict[str, Any]) -> Reply:

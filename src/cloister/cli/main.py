@@ -23,6 +23,7 @@ from cloister.cli import (
     serve,
     slice,
     split,
+    streams,
     tpm,
     verify,
 )
@@ -35,6 +36,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help=(
         "Run a Llama on hardware that you do not trust. Prompts, activations and the KV cache stay in an enclave process; "
         "an untrusted accelerator multiplies blinded integers, and every answer is checked.\n\n"
@@ -83,17 +85,32 @@ def root(
 
 
 def main() -> None:
-    """Runs the command line; a known error is one line and the exit code 1, with a traceback only under --debug."""
+    """Runs the command line; an error is one line, a remedy and the exit code 1, with a traceback only under --debug."""
+    streams.make_usable()
     try:
-        app()
-    except (CloisterError, ModuleNotFoundError) as caught:
-        error = caught if isinstance(caught, CloisterError) else missing_package(caught)
-        if error is None or "--debug" in sys.argv:
+        with streams.written():
+            app()
+    except CloisterError as error:
+        _end(error, error.message, error.remedy)
+    except ModuleNotFoundError as error:
+        lacking = missing_package(error)
+        if lacking is None:
             raise
-        console = stderr()
-        console.print("[bold red]error:[/bold red]", foreign(error.message), soft_wrap=True)
-        if error.remedy:
-            console.print(" ", foreign(error.remedy), soft_wrap=True)
+        _end(error, lacking.message, lacking.remedy)
+    except BrokenPipeError:  # whoever reads the output has seen enough
         sys.exit(1)
+    except OSError as error:  # of a file or an output that no part of the program speaks for
+        named = f"{error.filename}: " if error.filename else ""
+        _end(error, f"{named}{error.strerror or error}.", "To see where it happened: cloister --debug COMMAND ...")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _end(error: Exception, message: str, remedy: str) -> None:
+    if "--debug" in sys.argv:
+        raise error
+    console = stderr()
+    console.print("[bold red]error:[/bold red]", foreign(message), soft_wrap=True)
+    if remedy:
+        console.print(" ", foreign(remedy), soft_wrap=True)
+    sys.exit(1)

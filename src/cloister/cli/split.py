@@ -1,7 +1,6 @@
 """`cloister split-server` and `cloister split-client`: the published split of a model, at the embedding layer."""
 
 import json
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -10,7 +9,8 @@ import typer
 
 from cloister.cli import options as o
 from cloister.cli.display import foreign, stderr
-from cloister.errors import RequestError, SettingsError
+from cloister.cli.streams import read_prompt
+from cloister.errors import SettingsError
 
 if TYPE_CHECKING:
     from cloister.model.tokenizer import Tokenizer
@@ -114,7 +114,7 @@ def split_client(
     from cloister.split.confined import ConfinedPart
     from cloister.wire.sanitising import OpenSplit
 
-    text = _prompt(prompt)
+    text = read_prompt(prompt)
     asked = OpenSplit(
         model=str(model.resolve()), ledger=str((ledger or ledger_path()).resolve()), budget=budget, session=session,
         sanitiser="none" if unsanitised else "as-published", epsilon=epsilon, share=share,
@@ -166,11 +166,3 @@ def _answer(
         print(json.dumps(record))
     else:
         print()
-
-
-def _prompt(prompt: str | None) -> str:
-    if prompt is not None and prompt != "-":
-        return prompt
-    if prompt is None and sys.stdin.isatty():
-        raise RequestError("There is no prompt.", remedy='Give one with -p "...", or pipe it in.')
-    return sys.stdin.read()

@@ -293,12 +293,24 @@ def chat_request(messages: Sequence[Mapping[str, str]], adapter: str, sampling: 
         if set(message) != {"role", "content"}:
             raise RequestError(f"A message has the keys {sorted(message)}.", remedy="Give role and content.")
         turns.append(Turn(message["role"], message["content"]))
-    return Generate(_sampling(sampling), chat=tuple(turns), adapter=adapter)
+    return _sendable(Generate(_sampling(sampling), chat=tuple(turns), adapter=adapter))
 
 
 def prompt_request(prompt: str, adapter: str, sampling: dict[str, object]) -> Generate:
     """Returns the request for a continuation; raises `RequestError` if it is invalid."""
-    return Generate(_sampling(sampling), prompt=prompt, adapter=adapter)
+    return _sendable(Generate(_sampling(sampling), prompt=prompt, adapter=adapter))
+
+
+def _sendable(request: Generate) -> Generate:
+    """Returns the request as the enclave will read it; raises `RequestError` if it would not."""
+    try:
+        return msgspec.msgpack.decode(msgspec.msgpack.encode(request), type=Generate)
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"The request holds {error.object[error.start]!r}, which is no character.", remedy="Give UTF-8 text."
+        ) from error
+    except (msgspec.ValidationError, TypeError) as error:
+        raise RequestError(f"Invalid request: {error}.", remedy="Prompts, roles and contents are text.") from error
 
 
 def _resolved(path: str | os.PathLike[str]) -> str:
