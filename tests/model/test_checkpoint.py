@@ -309,7 +309,8 @@ def test_a_damaged_index_is_a_checkpoint_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [("pytorch_model.bin", "save_pretrained"), ("pytorch_model-00001-of-00002.bin", "save_pretrained"),
-     ("consolidated.00.pth", "save_pretrained"), ("model.gguf", "safetensors"), ("README.md", "Fetch the weights")],
+     ("consolidated.00.pth", "save_pretrained"), ("model.gguf", "safetensors"),
+     ("model.safetensors.sealed", "sealed from"), ("README.md", "Fetch the weights")],
 )  # fmt: skip
 def test_a_directory_without_safetensors_says_what_to_do_and_reads_nothing(
     name: str, remedy: str, tmp_path: Path

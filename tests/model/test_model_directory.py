@@ -45,12 +45,23 @@ def test_some_files_are_optional(file: str, model_copy: Path) -> None:
     assert 2 in open_model(model_copy).tokenizer.eos_ids
 
 
-@pytest.mark.parametrize("name", ["missing", "file"])
-def test_what_is_no_directory_is_refused(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "says", "remedy"),
+    [("missing", "There is no folder", "Give the folder"), ("file", "is not a directory", "not a file in it"),
+     ("llama.gguf", "is not a directory", "GGUF is not read")],
+)  # fmt: skip
+def test_what_is_no_directory_is_refused(name: str, says: str, remedy: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ModelError, match="is not a directory") as refused:
+    (tmp_path / "llama.gguf").write_text("x")
+    with pytest.raises(ModelError, match=says) as refused:
         open_model(tmp_path / name)
-    assert refused.value.remedy
+    assert remedy in refused.value.remedy
+
+
+def test_a_folder_of_gguf_files_is_named_for_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "llama.gguf").write_text("x")
+    with pytest.raises(ModelError, match="GGUF weights only"):
+        open_model(tmp_path)
 
 
 def test_weights_of_another_model_are_refused(model_copy: Path) -> None:

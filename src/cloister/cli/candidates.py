@@ -72,6 +72,7 @@ def build(
 
     [bold]cloister candidates build ~/models/Llama-3.2-1B-Instruct --epsilon 1 --epsilon 2[/bold]
     """
+    from cloister.assets import demo_model
     from cloister.privacy import build as builder
     from cloister.privacy import candidate_file
     from cloister.privacy.vocabulary import frequencies_of, read_frequencies
@@ -85,6 +86,11 @@ def build(
         cap=_cap(cap),
     )
     path = out or model / candidate_file.FILE_NAME
+    if out is None and model.resolve() == demo_model().resolve():
+        raise SettingsError(
+            "The folder of the shipped model is part of the program, so no file is written there.",
+            remedy="Give --out FILE.",
+        )
     started = time.monotonic()
     with _bars(quiet) as progress:
         entries, vectors, origin = vocabulary(model, plan.members, progress)

@@ -53,8 +53,9 @@ def gateway(
         Path | None,
         typer.Option(
             "--model",
-            help="Folder of the model that the engine serves, or a sealed package of its embedding layer "
-            "(cloister seal --only embeddings). Not with cloister://.",
+            callback=o.model_folder,
+            help="Folder of the model that the engine serves (demo: the shipped one), or a sealed package of its embedding "
+            "layer (cloister seal --only embeddings). Not with cloister://.",
         ),
     ] = None,
     policy: Annotated[

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from cloister.attest.measure import Measurement, Subject
 
 ModelFolder = Annotated[
-    Path | None, typer.Argument(help="Folder of the model to measure along; none: the program alone.")
+    Path | None,
+    typer.Argument(
+        help="Folder of the model to measure along (demo: the shipped one); none: the program alone.",
+        callback=o.model_folder,
+    ),
 ]
 RootOption = Annotated[
     str | None, typer.Option("--model-root", help="Root of a sealed model, in hexadecimal, instead of a folder.")

@@ -1,12 +1,13 @@
 """Options that several commands share, and how they become settings."""
 
 import dataclasses
+import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
-from cloister.errors import AdapterError
+from cloister.errors import AdapterError, ModelError
 from cloister.settings import (
     Backend,
     OnFailure,
@@ -17,9 +18,37 @@ from cloister.settings import (
     from_toml,
 )
 
-ModelArgument = Annotated[
-    Path, typer.Argument(help="Folder of a Hugging Face model (config.json, safetensors, tokenizer.json).")
-]
+DEMO: Final = "demo"
+"""What stands for the model that is shipped, where no folder of the working directory has this name."""
+
+MODEL_HELP: Final = (
+    "Folder of a Hugging Face model (config.json, safetensors, tokenizer.json); demo: the one that is shipped."
+)
+
+_HUB_NAME: Final = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def model_folder(given: Path | None) -> Path | None:
+    """Returns the folder that was given, or that of the shipped model for `demo`.
+
+    Raises:
+        ModelError: there is none, and what was given looks like the name of a model on a hub.
+    """
+    if given is None or given.exists():
+        return given
+    if str(given) == DEMO:
+        from cloister.assets import demo_model
+
+        return demo_model()
+    if _HUB_NAME.fullmatch(str(given)):
+        raise ModelError(
+            f"There is no folder {given}, and nothing is downloaded here.",
+            remedy=f"Fetch the model first, for example: hf download {given} --local-dir {given.name}",
+        )
+    return given
+
+
+ModelArgument = Annotated[Path, typer.Argument(help=MODEL_HELP, callback=model_folder)]
 SettingsFile = Annotated[
     Path | None,
     typer.Option(

@@ -8,6 +8,7 @@ import typer
 from rich.text import Text
 
 from cloister.cli.display import stderr
+from cloister.cli.options import MODEL_HELP, model_folder
 from cloister.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -15,9 +16,7 @@ if TYPE_CHECKING:
     from cloister.attest.roots import Roots
     from cloister.local.remote import RemoteLLM
 
-ModelArgument = Annotated[
-    Path | None, typer.Argument(help="Folder of a Hugging Face model (config.json, safetensors, tokenizer.json).")
-]
+ModelArgument = Annotated[Path | None, typer.Argument(help=MODEL_HELP, callback=model_folder)]
 ConnectOption = Annotated[
     str | None,
     typer.Option("--connect", help="HOST:PORT of a cloister serve, instead of a MODEL here. It is verified first."),

@@ -253,7 +253,7 @@ def _shards(directory: Path) -> dict[Path, frozenset[str] | None]:
     if single.exists():
         return {single: None}
     if not index.exists():
-        raise _without_safetensors(directory)
+        raise without_safetensors(directory)
     weight_map = read_object(index, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map.", remedy="Fetch the model again.")
@@ -270,7 +270,13 @@ def _shards(directory: Path) -> dict[Path, frozenset[str] | None]:
     return {directory / file: frozenset(placed[file]) for file in sorted(placed)}
 
 
-def _without_safetensors(directory: Path) -> CheckpointError:
+def without_safetensors(directory: Path) -> CheckpointError:
+    """Returns the error for a directory without safetensors, from what is there instead."""
+    if any(directory.glob("*.sealed")):
+        return CheckpointError(
+            f"{directory} is a sealed package, whose tensors only an enclave opens.",
+            remedy="Use it with chat, generate, serve or gateway; else give the folder that it was sealed from.",
+        )
     if any(directory.glob("*.bin")) or any(directory.glob("*.pt*")):
         return CheckpointError(
             f"{directory} holds pickled weights only, and reading them can run any code.",

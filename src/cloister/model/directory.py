@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cloister.errors import ModelError
-from cloister.model.checkpoint import Checkpoint, check_tensors
+from cloister.model.checkpoint import Checkpoint, check_tensors, without_safetensors
+from cloister.model.files import no_folder
 from cloister.model.generation_config import GenerationDefaults, read_generation_defaults
 from cloister.model.spec import ModelSpec, read_spec
 from cloister.model.tokenizer import Tokenizer
@@ -28,8 +29,10 @@ def open_model(path: Path) -> ModelDirectory:
         ModelError: something is missing, damaged or not supported; the error names the file and the remedy.
     """
     if not path.is_dir():
-        raise ModelError(f"{path} is not a directory.", remedy="Give the folder of a Hugging Face model.")
+        raise no_folder(path)
     if not (path / "config.json").exists():
+        if any(path.glob("*.gguf")):
+            raise without_safetensors(path)
         raise ModelError(f"{path} has no config.json.", remedy="Give the folder of a Hugging Face model.")
     spec = read_spec(path / "config.json")
     tokenizer = Tokenizer.open(path)

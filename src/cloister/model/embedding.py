@@ -14,7 +14,7 @@ import numpy as np
 
 from cloister.errors import CheckpointError, ModelError
 from cloister.model.checkpoint import Checkpoint
-from cloister.model.files import Folder, read_object
+from cloister.model.files import Folder, no_folder, read_object
 from cloister.model.identity import table_sha256, tokenizer_sha256
 from cloister.model.safetensors_file import STORED
 from cloister.model.tokenizer import Tokenizer
@@ -45,6 +45,8 @@ class EmbeddingLayer:
         Raises:
             ModelError: something is missing, damaged or not supported.
         """
+        if not folder.is_dir():
+            raise no_folder(folder)
         if not (folder / "config.json").exists():
             raise ModelError(f"{folder} has no config.json.", remedy="Give the folder of a Hugging Face model.")
         with Checkpoint.open(folder) as checkpoint:

@@ -56,6 +56,17 @@ File = Path | HeldFile
 Folder = Path | HeldFolder
 
 
+def no_folder(path: Path) -> ModelError:
+    """Returns the error for a `path` that should be the folder of a model and is none."""
+    if not path.exists():
+        return ModelError(f"There is no folder {path}.", remedy="Give the folder of a Hugging Face model.")
+    if path.suffix == ".gguf":
+        remedy = "GGUF is not read. Fetch the model's safetensors, and give the folder that they are in."
+    else:
+        remedy = "Give the folder of a Hugging Face model, not a file in it."
+    return ModelError(f"{path} is not a directory.", remedy=remedy)
+
+
 def open_regular(path: Path, kind: type[ModelError] = ModelError) -> int:
     """Returns a read-only descriptor of a regular file; symbolic links are followed (download caches use them).
 

@@ -23,7 +23,7 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from cloister.errors import PackageError, SealError
-from cloister.model.files import read_bytes
+from cloister.model.files import no_folder, read_bytes
 from cloister.model.safetensors_file import STORED, StoredTensor, map_file, read_header
 from cloister.seal.manifest import (
     CIPHER,
@@ -197,7 +197,9 @@ def chunk_nonce(number: int) -> bytes:
 
 def _weights(folder: Path) -> list[Path]:
     """Returns the safetensors files of a directory, in the order of their names."""
-    paths = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not folder.is_dir():
+        raise no_folder(folder)
+    paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise PackageError(f"{folder} holds no safetensors.", remedy="Give the folder of a Hugging Face model.")
     return paths

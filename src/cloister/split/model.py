@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from cloister.errors import CheckpointError, UnsupportedModelError
+from cloister.model.files import no_folder
 
 DECODER, CLASSIFIER = "decoder", "classifier"
 
@@ -51,6 +52,8 @@ class ServerModel:
         """
         import transformers
 
+        if not directory.is_dir():
+            raise no_folder(directory)
         try:
             config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError) as error:
