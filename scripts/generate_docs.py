@@ -108,14 +108,20 @@ def cli() -> str:
         ]
         if options:
             rows += ["", "| option | default | meaning |", "| --- | --- | --- |"]
-        for parameter in options:
-            default = getattr(parameter.default, "value", parameter.default)
-            shown = "" if default is None or default is False or callable(default) else f"`{default}`"
-            named = parameter.opts if parameter.param_type_name == "option" else [parameter.name.upper()]
-            meaning = " ".join(str(parameter.help).split()).replace("|", "/")
-            rows.append(f"| {', '.join(f'`{flag}`' for flag in named)} | {shown} | {meaning} |")
+        groups = dict.fromkeys([None, *(getattr(parameter, "rich_help_panel", None) for parameter in options)])
+        for group in groups:
+            rows += [f"| **{group}** | | |"] if group else []
+            rows += [_option(one) for one in options if getattr(one, "rich_help_panel", None) == group]
         parts.append("\n".join(rows))
     return "\n\n".join(parts)
+
+
+def _option(parameter: Any) -> str:
+    default = getattr(parameter.default, "value", parameter.default)
+    shown = "" if default is None or default is False or callable(default) else f"`{default}`"
+    named = parameter.opts if parameter.param_type_name == "option" else [parameter.name.upper()]
+    meaning = " ".join(str(parameter.help).split()).replace("|", "/").replace("\\[", "[")
+    return f"| {', '.join(f'`{flag}`' for flag in named)} | {shown} | {meaning} |"
 
 
 def _commands(command, name):  # type: ignore[no-untyped-def]

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -107,3 +108,31 @@ def test_what_does_not_exist_is_seen() -> None:
     assert [words[:2] for words in commands_in("docker compose run --rm broker broker allow demo; cloister demo\n")] == [
         ["broker", "allow"], ["demo"],
     ]  # fmt: skip
+
+
+def test_every_extra_that_is_named_exists() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    files = [*PAGES, *SOURCES, *SCRIPTS, *ROOT.glob("scripts/*.py")]
+    named = {
+        extra.strip()
+        for file in files
+        for found in re.findall(r"(?:cloister|\.)\\{0,2}\[([a-z, ]+)\]['\"]", file.read_text())
+        for extra in found.split(",")
+    }
+    assert {"gateway", "cuda", "accelerator"} <= named <= set(extras)
+
+
+def all_commands(command: Any) -> Iterator[Any]:
+    children = getattr(command, "commands", {})
+    yield from [command] if not children else (found for child in children.values() for found in all_commands(child))
+
+
+def test_long_lists_of_options_have_headings() -> None:
+    for command in all_commands(root_command()):
+        unnamed = [option for option in command.params if not getattr(option, "rich_help_panel", None)]
+        assert len(unnamed) <= 14, f"{command.name} has {len(unnamed)} options under no heading"
+
+
+def test_paragraphs_of_help_are_broken_by_the_terminal() -> None:
+    for command in all_commands(root_command()):
+        assert [part for part in command.help.split("\n\n") if "\n" in part] == [], command.name

@@ -66,7 +66,7 @@ def build(
     out: Annotated[
         Path | None, typer.Option("--out", help="The file; default: candidates.cloister in the model.")
     ] = None,
-    quiet: o.QuietOption = False,
+    quiet: o.SilentOption = False,
 ) -> None:
     """Partition the vocabulary into classes and compute their tables. Minutes, once.
 
@@ -107,7 +107,7 @@ def show(
     word: Annotated[
         list[str] | None, typer.Option("--word", help="Also show the class of this word; repeat for several.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: o.JsonOption = False,
 ) -> None:
     """Check a candidate file (every digest, every certificate) and say what is in it."""
     from cloister.privacy import candidate_file

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 PORT: Final = 8399
 LOOPBACK: Final = "127.0.0.1"
+_REPLACED: Final = "What is replaced, and by what"
+_BUDGET: Final = "What may be spent"
+_ENGINE: Final = "The engine and the owner"
+_CLIENTS: Final = "Who may use it"
 ENCLAVE: Final = "enclave"
 CLOISTER: Final = "cloister://"
 
@@ -60,16 +64,31 @@ def gateway(
     ] = None,
     policy: Annotated[
         Path | None,
-        typer.Option("--policy", help="With cloister://: TOML file that states which enclave is expected."),
+        typer.Option(
+            "--policy",
+            help="With cloister://: TOML file that states which enclave is expected.",
+            rich_help_panel=_ENGINE,
+        ),
     ] = None,
-    epsilon: Annotated[str, typer.Option("--epsilon", help="ε of one replacement: 0.5, 1, 2 or 4.")] = "2",
-    budget: Annotated[float, typer.Option("--budget", help="ε of a whole session; then prompts are refused.")] = 16.0,
+    epsilon: Annotated[
+        str, typer.Option("--epsilon", help="ε of one replacement: 0.5, 1, 2 or 4.", rich_help_panel=_REPLACED)
+    ] = "2",
+    budget: Annotated[
+        float, typer.Option("--budget", help="ε of a whole session; then prompts are refused.", rich_help_panel=_BUDGET)
+    ] = 16.0,
     session: Annotated[
-        str, typer.Option("--session", help="Session of clients that send no X-Cloister-Session header.")
+        str,
+        typer.Option(
+            "--session", help="Session of clients that send no X-Cloister-Session header.", rich_help_panel=_BUDGET
+        ),
     ] = "default",
     mode: Annotated[
         ModeOption,
-        typer.Option("--mode", help="detected: replace what detectors find. all-content: every word but public ones."),
+        typer.Option(
+            "--mode",
+            help="detected: replace what detectors find. all-content: every word but public ones.",
+            rich_help_panel=_REPLACED,
+        ),
     ] = ModeOption.DETECTED,
     transport: Annotated[
         Transport,
@@ -77,47 +96,87 @@ def gateway(
             "--transport",
             help="embeds: vLLM with --enable-prompt-embeds. mixed: the same inside chats, vLLM 0.33 or later, for tools. "
             "tokens: any vLLM. text: any OpenAI-compatible server.",
+            rich_help_panel=_ENGINE,
         ),
     ] = Transport.EMBEDS,
     mechanism: Annotated[
-        Mechanism, typer.Option("--mechanism", help="How replacements are drawn.")
+        Mechanism, typer.Option("--mechanism", help="How replacements are drawn.", rich_help_panel=_REPLACED)
     ] = Mechanism.CHANNEL,
     candidates: Annotated[
-        Path | None, typer.Option("--candidates", help="Candidate file; default: the one in the model's folder.")
+        Path | None,
+        typer.Option(
+            "--candidates", help="Candidate file; default: the one in the model's folder.", rich_help_panel=_REPLACED
+        ),
     ] = None,
     broker: Annotated[
-        str, typer.Option("--broker", help="For a sealed package: host:port or unix:PATH of its owner's broker.")
+        str,
+        typer.Option(
+            "--broker",
+            help="For a sealed package: host:port or unix:PATH of its owner's broker.",
+            rich_help_panel=_ENGINE,
+        ),
     ] = "",
     detectors: Annotated[
-        str, typer.Option("--detectors", help="rules, presidio, spacy:MODEL, separated by commas; patterns always run.")
+        str,
+        typer.Option(
+            "--detectors",
+            help="rules, presidio, spacy:MODEL, separated by commas; patterns always run.",
+            rich_help_panel=_REPLACED,
+        ),
     ] = "rules,presidio",
     dictionary: Annotated[
-        Path | None, typer.Option("--dictionary", help="Your own sensitive words: lines `entry` or `entry = label`.")
+        Path | None,
+        typer.Option(
+            "--dictionary",
+            help="Your own sensitive words: lines `entry` or `entry = label`.",
+            rich_help_panel=_REPLACED,
+        ),
     ] = None,
     public: Annotated[
-        Path | None, typer.Option("--public-words", help="Words to keep with --mode all-content, one a line.")
+        Path | None,
+        typer.Option(
+            "--public-words", help="Words to keep with --mode all-content, one a line.", rich_help_panel=_REPLACED
+        ),
     ] = None,
     restore_words: Annotated[
-        bool, typer.Option("--restore-words", help="Put ordinary words back too, not only names, values, identifiers.")
+        bool,
+        typer.Option(
+            "--restore-words",
+            help="Put ordinary words back too, not only names, values, identifiers.",
+            rich_help_panel=_REPLACED,
+        ),
     ] = False,
-    ledger: Annotated[Path | None, typer.Option("--ledger", help="The record of what was spent.")] = None,
+    ledger: Annotated[
+        Path | None, typer.Option("--ledger", help="The record of what was spent.", rich_help_panel=_BUDGET)
+    ] = None,
     host: Annotated[
-        str, typer.Option("--host", help="Address to listen on; other than loopback needs a key.")
+        str,
+        typer.Option("--host", help="Address to listen on; other than loopback needs a key.", rich_help_panel=_CLIENTS),
     ] = LOOPBACK,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0: any free one.")] = PORT,
+    port: Annotated[
+        int,
+        typer.Option("--port", min=0, max=65535, help="Port to listen on; 0: any free one.", rich_help_panel=_CLIENTS),
+    ] = PORT,
     key_file: Annotated[
-        Path | None, typer.Option("--key-file", help="File with the API key that clients must send.")
+        Path | None,
+        typer.Option("--key-file", help="File with the API key that clients must send.", rich_help_panel=_CLIENTS),
     ] = None,
     origins: Annotated[
         list[str] | None,
-        typer.Option("--allow-origin", help="Web page that may use the gateway from a browser; repeat."),
+        typer.Option(
+            "--allow-origin", help="Web page that may use the gateway from a browser; repeat.", rich_help_panel=_CLIENTS
+        ),
     ] = None,
-    served_model: Annotated[str, typer.Option("--served-model", help="The model's name at the engine.")] = "",
+    served_model: Annotated[
+        str, typer.Option("--served-model", help="The model's name at the engine.", rich_help_panel=_ENGINE)
+    ] = "",
     engine_key_file: Annotated[
-        Path | None, typer.Option("--engine-key-file", help="File with the engine's API key.")
+        Path | None, typer.Option("--engine-key-file", help="File with the engine's API key.", rich_help_panel=_ENGINE)
     ] = None,
-    timeout: Annotated[float, typer.Option("--timeout", help="Longest silence of the engine, in seconds.")] = 120.0,
-    quiet: o.QuietOption = False,
+    timeout: Annotated[
+        float, typer.Option("--timeout", help="Longest silence of the engine, in seconds.", rich_help_panel=_ENGINE)
+    ] = 120.0,
+    quiet: o.SilentOption = False,
 ) -> None:
     """Serve OpenAI's protocol on this machine; what leaves it is sanitised, counted and restored in the answer.
 
@@ -254,7 +313,7 @@ def _absolute(path: Path | None) -> str:
 def _check_installed() -> None:
     missing = [name for name in ("dp_accounting", "httpx2", "starlette", "uvicorn") if find_spec(name) is None]
     if missing:
-        raise SettingsError(f"The gateway needs {', '.join(missing)}.", remedy="Run `pip install cloister[gateway]`.")
+        raise SettingsError(f"The gateway needs {', '.join(missing)}.", remedy="Run `pip install 'cloister[gateway]'`.")
 
 
 def _epsilon(text: str) -> Fraction:

@@ -1,5 +1,6 @@
 """The `cloister` command: its groups, and what becomes of errors."""
 
+import inspect as introspection
 import sys
 from typing import Annotated
 
@@ -82,6 +83,19 @@ def root(
     ] = False,
 ) -> None:
     """Run a Llama on hardware that you do not trust."""
+
+
+def _join_lines(group: typer.Typer) -> None:
+    """Makes each paragraph of the help texts one line: the terminal breaks it, not the source."""
+    for command in group.registered_commands:
+        written = command.help or introspection.getdoc(command.callback) or ""
+        command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in written.split("\n\n"))
+    for child in group.registered_groups:
+        if child.typer_instance is not None:
+            _join_lines(child.typer_instance)
+
+
+_join_lines(app)
 
 
 def main() -> None:

@@ -18,6 +18,12 @@ from cloister.settings import (
     from_toml,
 )
 
+SAMPLING: Final = "How tokens are chosen"
+PLACEMENT: Final = "What runs where"
+RUNNING: Final = "How it runs"
+ADAPTERS: Final = "Private adapters"
+"""Headings of groups of options in --help."""
+
 DEMO: Final = "demo"
 """What stands for the model that is shipped, where no folder of the working directory has this name."""
 
@@ -52,61 +58,121 @@ ModelArgument = Annotated[Path, typer.Argument(help=MODEL_HELP, callback=model_f
 SettingsFile = Annotated[
     Path | None,
     typer.Option(
-        "--settings", help="TOML file with the tables blinding, accelerator, cache and plan. Options below win over it."
+        "--settings",
+        help="TOML file with the tables blinding, accelerator, cache, plan and seal. Options win over it.",
+        rich_help_panel=RUNNING,
     ),
 ]
 WeightsOption = Annotated[
-    Weights | None, typer.Option("--weights", help="int8: one plane. int8x2: a second one, fidelity close to bfloat16.")
+    Weights | None,
+    typer.Option(
+        "--weights", help="int8: one plane. int8x2: a second one, fidelity close to bfloat16.", rich_help_panel=RUNNING
+    ),
 ]
 PolicyOption = Annotated[
-    str | None, typer.Option("--policy", help="What runs where; cloister plan --list describes each policy.")
+    str | None,
+    typer.Option(
+        "--policy", help="What runs where; cloister plan --list describes each policy.", rich_help_panel=PLACEMENT
+    ),
 ]
 ThreatOption = Annotated[
     str | None,
-    typer.Option("--threat", help="Who may not learn what: private-prompts, private-model, private-weights."),
+    typer.Option(
+        "--threat",
+        help="Who may not learn what: private-prompts, private-model, private-weights.",
+        rich_help_panel=PLACEMENT,
+    ),
 ]
 RulesOption = Annotated[
-    Path | None, typer.Option("--rules", help="plan.toml: tensors that are secret, public, in the enclave or blinded.")
+    Path | None,
+    typer.Option(
+        "--rules",
+        help="plan.toml: tensors that are secret, public, in the enclave or blinded.",
+        rich_help_panel=PLACEMENT,
+    ),
 ]
 InsecureOption = Annotated[
-    bool, typer.Option("--allow-insecure-baseline", help="Allow policies that expose secrets, to audit them.")
+    bool,
+    typer.Option(
+        "--allow-insecure-baseline",
+        help="Allow policies that expose secrets, to audit them.",
+        rich_help_panel=PLACEMENT,
+    ),
 ]
 AddressOption = Annotated[
     list[str] | None,
-    typer.Option("--accelerator", help="host:port of an accelerator on another host; repeat for spares."),
+    typer.Option(
+        "--accelerator", help="host:port of an accelerator on another host; repeat for spares.", rich_help_panel=RUNNING
+    ),
 ]
 WorkersOption = Annotated[
-    int | None, typer.Option("--workers", help="Worker processes on this host; later ones are spares.")
+    int | None,
+    typer.Option("--workers", help="Worker processes on this host; later ones are spares.", rich_help_panel=RUNNING),
 ]
-BackendOption = Annotated[Backend | None, typer.Option("--backend", help="What multiplies on a worker of this host.")]
-PantryOption = Annotated[int | None, typer.Option("--pantry", help="MiB of memory for pads made ahead of time.")]
-WhenEmptyOption = Annotated[WhenEmpty | None, typer.Option("--when-empty", help="What to do when no pad is left.")]
-PrefillOption = Annotated[Prefill | None, typer.Option("--prefill", help="Where the prompt's products run.")]
+BackendOption = Annotated[
+    Backend | None, typer.Option("--backend", help="What multiplies on a worker of this host.", rich_help_panel=RUNNING)
+]
+PantryOption = Annotated[
+    int | None, typer.Option("--pantry", help="MiB of memory for pads made ahead of time.", rich_help_panel=RUNNING)
+]
+WhenEmptyOption = Annotated[
+    WhenEmpty | None, typer.Option("--when-empty", help="What to do when no pad is left.", rich_help_panel=RUNNING)
+]
+PrefillOption = Annotated[
+    Prefill | None, typer.Option("--prefill", help="Where the prompt's products run.", rich_help_panel=RUNNING)
+]
 OnFailureOption = Annotated[
-    OnFailure | None, typer.Option("--on-failure", help="Where the work of a failed accelerator goes.")
+    OnFailure | None,
+    typer.Option("--on-failure", help="Where the work of a failed accelerator goes.", rich_help_panel=RUNNING),
 ]
-TimeoutOption = Annotated[float | None, typer.Option("--timeout", help="Seconds to wait for one product.")]
-ContextOption = Annotated[int | None, typer.Option("--context", help="Most tokens of a session.")]
+TimeoutOption = Annotated[
+    float | None, typer.Option("--timeout", help="Seconds to wait for one product.", rich_help_panel=RUNNING)
+]
+ContextOption = Annotated[
+    int | None, typer.Option("--context", help="Most tokens of a session.", rich_help_panel=RUNNING)
+]
 
 TokensOption = Annotated[int | None, typer.Option("--max-tokens", "-n", help="Longest answer in tokens.")]
 TemperatureOption = Annotated[
-    float | None, typer.Option("--temperature", "-t", help="0 always takes the likeliest token.")
+    float | None,
+    typer.Option("--temperature", "-t", help="0 always takes the likeliest token.", rich_help_panel=SAMPLING),
 ]
-TopKOption = Annotated[int | None, typer.Option("--top-k", help="Keep this many likeliest tokens (0: all).")]
-TopPOption = Annotated[float | None, typer.Option("--top-p", help="Keep the likeliest tokens that hold this share.")]
-MinPOption = Annotated[float | None, typer.Option("--min-p", help="Drop tokens below this share of the likeliest.")]
-SeedOption = Annotated[int | None, typer.Option("--seed", help="Make the choices repeatable.")]
-StopOption = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the answer; repeatable.")]
+TopKOption = Annotated[
+    int | None, typer.Option("--top-k", help="Keep this many likeliest tokens (0: all).", rich_help_panel=SAMPLING)
+]
+TopPOption = Annotated[
+    float | None,
+    typer.Option("--top-p", help="Keep the likeliest tokens that hold this share.", rich_help_panel=SAMPLING),
+]
+MinPOption = Annotated[
+    float | None,
+    typer.Option("--min-p", help="Drop tokens below this share of the likeliest.", rich_help_panel=SAMPLING),
+]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", help="Make the choices repeatable.", rich_help_panel=SAMPLING)
+]
+StopOption = Annotated[
+    list[str] | None, typer.Option("--stop", help="Text that ends the answer; repeatable.", rich_help_panel=SAMPLING)
+]
 AdapterOption = Annotated[
     list[str] | None,
-    typer.Option("--adapter", help="NAME=FOLDER of a PEFT LoRA adapter, kept and computed in the enclave; repeatable."),
+    typer.Option(
+        "--adapter",
+        help="NAME=FOLDER of a PEFT LoRA adapter, kept and computed in the enclave; repeatable.",
+        rich_help_panel=ADAPTERS,
+    ),
 ]
 UseOption = Annotated[
     str | None,
-    typer.Option("--use", help="Name of the adapter that answers; base: none. Without it, the first one given."),
+    typer.Option(
+        "--use",
+        help="Name of the adapter that answers; base: none. Without it, the first one given.",
+        rich_help_panel=ADAPTERS,
+    ),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the answer and nothing else.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for scripts.")]
+SilentOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,13 +20,17 @@ if TYPE_CHECKING:
     from cloister.plan.cost import Prediction
     from cloister.plan.report import Report
 
+_COSTS = "What it is planned for"
 COMPARED_TOKENS = 32
 """Decoded tokens per policy."""
 
 STYLES = {Placement.ENCLAVE: "green", Placement.BLINDED: "cyan", Placement.PLAIN: "bold red"}
 
 _Objective = Annotated[
-    str, typer.Option("--objective", help="What the policy auto makes small: latency or enclave-time.")
+    str,
+    typer.Option(
+        "--objective", help="What the policy auto makes small: latency or enclave-time.", rich_help_panel=_COSTS
+    ),
 ]
 
 
@@ -42,22 +46,41 @@ def plan(
     ] = None,
     insecure: o.InsecureOption = False,
     shielded: Annotated[
-        int | None, typer.Option("--shielded-layers", help="Layers that the shield-* baselines keep in the enclave.")
+        int | None,
+        typer.Option(
+            "--shielded-layers",
+            help="Layers that the shield-* baselines keep in the enclave.",
+            rich_help_panel=o.PLACEMENT,
+        ),
     ] = None,
     file: o.SettingsFile = None,
     addresses: o.AddressOption = None,
     pantry: o.PantryOption = None,
     objective: _Objective = "latency",
     enclave_mib: Annotated[
-        int, typer.Option("--enclave-memory", help="MiB that the enclave may use; 0: no limit.")
+        int, typer.Option("--enclave-memory", help="MiB that the enclave may use; 0: no limit.", rich_help_panel=_COSTS)
     ] = 0,
     round_trip_ms: Annotated[
-        float, typer.Option("--link-round-trip", help="Milliseconds to the accelerator and back, beyond this host's.")
+        float,
+        typer.Option(
+            "--link-round-trip",
+            help="Milliseconds to the accelerator and back, beyond this host's.",
+            rich_help_panel=_COSTS,
+        ),
     ] = 0.0,
-    gigabits: Annotated[float, typer.Option("--link-bandwidth", help="Gbit/s to the accelerator; 0: no limit.")] = 0.0,
-    context: Annotated[int, typer.Option("--context", help="Tokens of context to plan for.")] = 128,
+    gigabits: Annotated[
+        float, typer.Option("--link-bandwidth", help="Gbit/s to the accelerator; 0: no limit.", rich_help_panel=_COSTS)
+    ] = 0.0,
+    context: Annotated[
+        int, typer.Option("--context", help="Tokens of context to plan for.", rich_help_panel=_COSTS)
+    ] = 128,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate/--no-calibrate", help="Time this machine for some seconds to predict speed.")
+        bool,
+        typer.Option(
+            "--calibrate/--no-calibrate",
+            help="Time this machine for some seconds to predict speed.",
+            rich_help_panel=_COSTS,
+        ),
     ] = True,
     attack: Annotated[
         bool, typer.Option("--attack", help="Run the audit's attacks for the bits of an insecure baseline.")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.text import Text
@@ -16,28 +16,49 @@ if TYPE_CHECKING:
     from cloister.attest.roots import Roots
     from cloister.local.remote import RemoteLLM
 
+ELSEWHERE: Final = "A model in an enclave elsewhere"
+"""The heading of this group of options in --help."""
+
 ModelArgument = Annotated[Path | None, typer.Argument(help=MODEL_HELP, callback=model_folder)]
 ConnectOption = Annotated[
     str | None,
-    typer.Option("--connect", help="HOST:PORT of a cloister serve, instead of a MODEL here. It is verified first."),
+    typer.Option(
+        "--connect",
+        help="HOST:PORT of a cloister serve, instead of a MODEL here. It is verified first.",
+        rich_help_panel=ELSEWHERE,
+    ),
 ]
 VerifyPolicyOption = Annotated[
     Path | None,
-    typer.Option("--verify-policy", help="With --connect: TOML file that states what is expected and who is believed."),
+    typer.Option(
+        "--verify-policy",
+        help="With --connect: TOML file that states what is expected and who is believed.",
+        rich_help_panel=ELSEWHERE,
+    ),
 ]
 MeasurementOption = Annotated[
     list[str] | None,
-    typer.Option("--measurement", help="With --connect and --root: accepted measurement in hexadecimal (repeatable)."),
+    typer.Option(
+        "--measurement",
+        help="With --connect and --root: accepted measurement in hexadecimal (repeatable).",
+        rich_help_panel=ELSEWHERE,
+    ),
 ]
 RootsOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--root", help="With --connect: sim=FINGERPRINT of a software stand-in that is believed. It is not a TEE."
+        "--root",
+        help="With --connect: sim=FINGERPRINT of a software stand-in that is believed. It is not a TEE.",
+        rich_help_panel=ELSEWHERE,
     ),
 ]
 ModelRootOption = Annotated[
     list[str] | None,
-    typer.Option("--model-root", help="With --connect: identity of a sealed model that it must be (repeatable)."),
+    typer.Option(
+        "--model-root",
+        help="With --connect: identity of a sealed model that it must be (repeatable).",
+        rich_help_panel=ELSEWHERE,
+    ),
 ]
 
 

@@ -41,12 +41,13 @@ def slice_(
         int, typer.Option("--windows", help="Windows of 256 tokens to measure on; 0: do not measure.", min=0)
     ] = 4,
     force: Annotated[bool, typer.Option("--force", help="Replace slices that are in the folder already.")] = False,
-    quiet: o.QuietOption = False,
+    quiet: o.SilentOption = False,
     as_json: o.JsonOption = False,
 ) -> None:
     """Turn a full fine-tune into a public base and private slices, so that the base can be lent.
 
     [bold]cloister slice Llama-3.2-1B my-finetune --out my-slices --energy 0.99[/bold]
+
     [bold]cloister chat Llama-3.2-1B --adapter mine=my-slices[/bold]
 
     Fine-tuning changes each linear layer by a matrix that is often nearly of low rank. A slice is the best approximation of

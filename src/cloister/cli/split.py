@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cloister.split.client import Spent, SplitClient
 
 PORT: Final = 8398
+_SANITISING: Final = "How the prompt is sanitised"
 
 
 def split_server(
@@ -27,7 +28,7 @@ def split_server(
         bool,
         typer.Option("--allow-tied", help="Serve a model whose LM head is its table: the table is then no secret."),
     ] = False,
-    quiet: o.QuietOption = False,
+    quiet: o.SilentOption = False,
 ) -> None:
     """Serve every layer of a model but its embedding table: embeddings in, the next token (or a text's scores) out.
 
@@ -37,7 +38,9 @@ def split_server(
     """
     missing = [name for name in ("torch", "transformers", "safetensors") if find_spec(name) is None]
     if missing:
-        raise SettingsError(f"A split server needs {', '.join(missing)}.", remedy="Run `pip install cloister[split]`.")
+        raise SettingsError(
+            f"A split server needs {', '.join(missing)}.", remedy="Run `pip install 'cloister[split]'`."
+        )
     from cloister.split.model import ServerModel
     from cloister.split.server import SplitServer
     from cloister.wire.tcp import address_of, listen
@@ -72,20 +75,40 @@ def split_client(
     as_published: Annotated[
         bool,
         typer.Option(
-            "--as-published", help="Sanitise as CMIF does: rare tokens, Report-Noisy-Max over the vocabulary."
+            "--as-published",
+            help="Sanitise as CMIF does: rare tokens, Report-Noisy-Max over the vocabulary.",
+            rich_help_panel=_SANITISING,
         ),
     ] = False,
     unsanitised: Annotated[
-        bool, typer.Option("--unsanitised", help="Send the prompt as it is: the server can read it. For comparison.")
+        bool,
+        typer.Option(
+            "--unsanitised",
+            help="Send the prompt as it is: the server can read it. For comparison.",
+            rich_help_panel=_SANITISING,
+        ),
     ] = False,
-    epsilon: Annotated[float, typer.Option("--epsilon", help="ε of one token.")] = 1.0,
-    share: Annotated[float, typer.Option("--share", help="Share of the vocabulary that counts as rare.")] = 0.5,
+    epsilon: Annotated[float, typer.Option("--epsilon", help="ε of one token.", rich_help_panel=_SANITISING)] = 1.0,
+    share: Annotated[
+        float, typer.Option("--share", help="Share of the vocabulary that counts as rare.", rich_help_panel=_SANITISING)
+    ] = 0.5,
     corpus: Annotated[
-        Path | None, typer.Option("--corpus", help="Public text to count tokens in; else their rank stands for it.")
+        Path | None,
+        typer.Option(
+            "--corpus",
+            help="Public text to count tokens in; else their rank stands for it.",
+            rich_help_panel=_SANITISING,
+        ),
     ] = None,
-    budget: Annotated[float, typer.Option("--budget", help="ε of a whole session.")] = 1000.0,
-    session: Annotated[str, typer.Option("--session", help="The session of the ledger.")] = "split",
-    ledger: Annotated[Path | None, typer.Option("--ledger", help="The record of what was spent.")] = None,
+    budget: Annotated[
+        float, typer.Option("--budget", help="ε of a whole session.", rich_help_panel=_SANITISING)
+    ] = 1000.0,
+    session: Annotated[
+        str, typer.Option("--session", help="The session of the ledger.", rich_help_panel=_SANITISING)
+    ] = "split",
+    ledger: Annotated[
+        Path | None, typer.Option("--ledger", help="The record of what was spent.", rich_help_panel=_SANITISING)
+    ] = None,
     broker: Annotated[
         str, typer.Option("--broker", help="For a sealed package: host:port or unix:PATH of its owner's broker.")
     ] = "",

@@ -15,6 +15,9 @@ from cloister.cli.verify_inputs import Bare, content, exchanged, question
 from cloister.cli.verify_judge import Expected, Report, judge, parse_hex, run_vector, unreadable
 from cloister.errors import EvidenceError, EvidenceUnsupportedError
 
+_EXPECTED = "What is expected"
+_RECEIPT = "Receipts"
+_BARE = "Bare reports and vectors"
 EXIT_CODES = {"accepted": 0, "refused": 10, "unsupported": 20, "malformed": 30}
 """What the process returns for each result; 1 is an error of the command itself, such as a host that does not answer."""
 
@@ -26,54 +29,97 @@ Target = Annotated[
     ),
 ]
 PolicyOption = Annotated[
-    Path | None, typer.Option("--policy", help="TOML file that states what is expected and who is believed.")
+    Path | None,
+    typer.Option(
+        "--policy", help="TOML file that states what is expected and who is believed.", rich_help_panel=_EXPECTED
+    ),
 ]
 MeasurementOption = Annotated[
     list[str] | None,
-    typer.Option("--measurement", help="Without --policy: accepted measurement in hexadecimal (repeatable), or `any`."),
+    typer.Option(
+        "--measurement",
+        help="Without --policy: accepted measurement in hexadecimal (repeatable), or `any`.",
+        rich_help_panel=_EXPECTED,
+    ),
 ]
 RootsOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--root", help="Without --policy: KIND=FINGERPRINT believed besides the vendors, for example sim=a1b2..."
+        "--root",
+        help="Without --policy: KIND=FINGERPRINT believed besides the vendors, for example sim=a1b2...",
+        rich_help_panel=_EXPECTED,
     ),
 ]
 ReportDataOption = Annotated[
-    str | None, typer.Option("--report-data", help="The 64 bytes that bare evidence must carry, in hexadecimal.")
+    str | None,
+    typer.Option(
+        "--report-data", help="The 64 bytes that bare evidence must carry, in hexadecimal.", rich_help_panel=_EXPECTED
+    ),
 ]
 NonceOption = Annotated[
-    str | None, typer.Option("--nonce", help="The nonce that a saved attestation must answer, in hexadecimal.")
+    str | None,
+    typer.Option(
+        "--nonce", help="The nonce that a saved attestation must answer, in hexadecimal.", rich_help_panel=_EXPECTED
+    ),
 ]
 AtOption = Annotated[
     datetime | None,
-    typer.Option("--at", help="Judge as of this time (UTC) instead of now.", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]),
+    typer.Option(
+        "--at",
+        help="Judge as of this time (UTC) instead of now.",
+        formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"],
+        rich_help_panel=_EXPECTED,
+    ),
 ]
 KindOption = Annotated[
-    str | None, typer.Option("--kind", help="The file is a bare report of this kind: sgx, tdx, snp, nitro, gpu.")
+    str | None,
+    typer.Option(
+        "--kind", help="The file is a bare report of this kind: sgx, tdx, snp, nitro, gpu.", rich_help_panel=_BARE
+    ),
 ]
 CollateralOption = Annotated[
-    Path | None, typer.Option("--collateral", help="With --kind: Intel's collateral or AMD's revocation list.")
+    Path | None,
+    typer.Option(
+        "--collateral", help="With --kind: Intel's collateral or AMD's revocation list.", rich_help_panel=_BARE
+    ),
 ]
 CertificateOption = Annotated[
-    list[Path] | None, typer.Option("--certificate", help="With --kind: certificate files, PEM or DER, leaf first.")
+    list[Path] | None,
+    typer.Option(
+        "--certificate", help="With --kind: certificate files, PEM or DER, leaf first.", rich_help_panel=_BARE
+    ),
 ]
 ModelRootOption = Annotated[
     list[str] | None,
-    typer.Option("--model-root", help="Identity of a sealed model that must be served, in hexadecimal (repeatable)."),
+    typer.Option(
+        "--model-root",
+        help="Identity of a sealed model that must be served, in hexadecimal (repeatable).",
+        rich_help_panel=_EXPECTED,
+    ),
 ]
 VectorOption = Annotated[
     bool,
-    typer.Option("--vector", help="The file is a conformance vector, which brings its own policy, roots and time."),
+    typer.Option(
+        "--vector",
+        help="The file is a conformance vector, which brings its own policy, roots and time.",
+        rich_help_panel=_BARE,
+    ),
 ]
 RequestOption = Annotated[
     Path | None,
     typer.Option(
-        "--request", help="File with the request that a receipt must be about; beside it, it ends in .request."
+        "--request",
+        help="File with the request that a receipt must be about; beside it, it ends in .request.",
+        rich_help_panel=_RECEIPT,
     ),
 ]
 ResponseOption = Annotated[
     Path | None,
-    typer.Option("--response", help="File with the response that a receipt must be about; beside it: .response."),
+    typer.Option(
+        "--response",
+        help="File with the response that a receipt must be about; beside it: .response.",
+        rich_help_panel=_RECEIPT,
+    ),
 ]
 
 

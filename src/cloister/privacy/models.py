@@ -81,7 +81,7 @@ class Presidio:
         except ImportError as error:
             raise SettingsError(
                 "presidio-analyzer is not installed.",
-                remedy="Run `pip install cloister[gateway]`, or leave Presidio out with --detectors rules.",
+                remedy="Run `pip install 'cloister[gateway]'`, or leave Presidio out with --detectors rules.",
             ) from error
         self._distinct: Any = EntityRecognizer.remove_duplicates
         self._labels: list[Format] = []
