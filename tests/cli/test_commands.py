@@ -16,8 +16,10 @@ from types import SimpleNamespace
 import pytest
 
 from cloister.assets import demo_model
-from cloister.cli import main, split
-from cloister.errors import EngineProtocolError
+from cloister.attest.sim import SimAttester
+from cloister.cli import main, serve, split
+from cloister.errors import EngineProtocolError, IsolationError
+from cloister.settings import Settings
 
 CLOISTER = [sys.executable, "-m", "cloister"]
 DEMO = str(demo_model())
@@ -78,6 +80,29 @@ def test_an_error_that_quotes_a_server_is_shown_as_it_is_and_steers_no_terminal(
     said = capsys.readouterr().err
     assert "It serves x[/bold]y[red]\ufffd]0;owned\ufffd\ufffd2J." in said
     assert "  pip install cloister[gateway]" in said
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_server_in_a_tee_is_hardened_before_it_opens_anything(
+    refuses: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps: list[str] = []
+
+    def harden() -> None:
+        steps.append("harden")
+        if refuses:
+            raise IsolationError("This process cannot be hardened: no such call.")
+
+    def opened(*_: object, **__: object) -> None:
+        steps.append("open")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cloister.isolation.hardening.harden", harden)
+    monkeypatch.setattr("cloister.local.serve.EnclaveServer", opened)
+    with pytest.raises(KeyboardInterrupt):
+        serve._inside(Path(DEMO), "127.0.0.1:0", Settings(), lambda digest: SimAttester(None, digest), None, {})  # type: ignore[arg-type]
+    assert steps == ["harden", "open"]
+    assert ("cannot be hardened" in capsys.readouterr().err) == refuses
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from cloister.cli import options as o
 from cloister.cli.display import Display, stderr
-from cloister.errors import SettingsError
+from cloister.errors import IsolationError, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -110,6 +110,7 @@ def _inside(
     broker: str | None,
     adapters: dict[str, Path],
 ) -> None:
+    from cloister.isolation.hardening import harden
     from cloister.local.client import plain_settings
     from cloister.local.confined import PORT
     from cloister.local.owner import Owner
@@ -120,12 +121,16 @@ def _inside(
     from cloister.wire.tcp import address_of, parse_address
     from cloister.wire.tcp import listen as tcp_listen
 
+    console = stderr()
+    try:
+        harden()  # a core file would leave the TEE, with prompts in it
+    except IsolationError as error:  # a library OS may know no such call; nothing outside sees into its process
+        console.print(Text(f"{error.message} Core files and others of this user are not ruled out.", style="yellow"))
     owner = None
     if is_package(model):
         if not broker:
             raise SettingsError(f"{model} is sealed.", remedy="Name its owner's broker: --broker HOST:PORT.")
         owner = Owner(connect(broker).sock, attester)
-    console = stderr()
     request = Open(
         str(model.resolve()),
         plain_settings(settings),
