@@ -7,7 +7,7 @@ back with the next request.
 Assumes: the sampler keeps its word about costs (its tables are certified when they are loaded).
 Does not cover: what no detector finds; lengths of the texts in words; after a restart, what only a text before it
 told to be a secret.
-Edge cases: a public word in the place of a password (`the password is required`) is replaced there alone, and never put back.
+Edge cases: a public or very short word in the place of a password (`token: str`) is replaced there alone, and never put back.
 """
 
 import hashlib
@@ -39,6 +39,9 @@ _PART = re.compile(r"[\w'’/.-]*\w")
 _ENDED = re.compile(r"(?:['’]s|['’]|s['’]|s|es)?(?!\w)")
 """Where a word ends, or what English hangs on one: what restoring leaves there (`privacy.restore`)."""
 _REST = re.compile(r"\w(?:.*\w)?", re.DOTALL)
+
+SHORT_WORD = 4
+"""Letters of a word that is too short to be looked for everywhere."""
 
 TABLES_SHOWN = 32
 """Digits of the candidates' digest in a policy: 128 bits."""
@@ -206,9 +209,11 @@ class Sanitiser:
         return isinstance(label, Numeral) or (len(own) > 2 and not self._ordinary(own))
 
     def _ordinary(self, own: str) -> bool:
-        """Returns whether a span is a public word, as in `the password is required`."""
+        """Returns whether a span is a public word, or as short as one, as in `the password is required` and `token: str`."""
         known = is_stop_word(own) or own.lower() in INSTRUCTION_WORDS
-        return known or (own.isalpha() and self._sampler.cost(Span(own.lower(), Kind.WORD)).epsilon > 0)
+        if known or not own.isalpha():
+            return known
+        return len(own) <= SHORT_WORD or self._sampler.cost(Span(own.lower(), Kind.WORD)).epsilon > 0
 
     def _with_known(self, text: str, row: tuple[Piece, ...], labels: Mapping[bytes, Label]) -> tuple[Piece, ...]:
         """Returns the pieces with those added that were found elsewhere and stand here again, and the others cut to make room."""
