@@ -1,6 +1,7 @@
 """`cloister split-server` and `cloister split-client`: the published split of a model, at the embedding layer."""
 
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
