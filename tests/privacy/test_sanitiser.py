@@ -142,6 +142,13 @@ def test_what_was_found_by_its_surroundings_is_a_secret_without_them(text: str, 
     assert safe.sanitise([text]).texts == first.texts
 
 
+def test_what_a_refused_prompt_told_to_be_a_secret_is_one(tmp_path: Path) -> None:
+    safe = sanitiser(tmp_path, budget=3.0)
+    with pytest.raises(BudgetError):
+        safe.sanitise(["My password is hunter2!x, says Anna Schmidt."])
+    assert "hunter2!x" not in safe.sanitise(["So hunter2!x it is."]).texts[0]
+
+
 def test_a_single_digit_that_was_an_amount_is_the_same_one_elsewhere(tmp_path: Path) -> None:
     safe = sanitiser(tmp_path)
     (swap,) = safe.sanitise(["It is 5% of all."]).swaps

@@ -42,6 +42,7 @@ class Memo:
         self._seen: set[int] = set()  # Python's keyed hashes, 64 bits, of this process
         self._lengths: dict[int, tuple[int, ...]] = {}  # of spans to look for, by the hash of their heads
         self._firsts: set[int] = set()  # hashes of their first characters
+        self._looked_for: dict[bytes, Label] = {}
 
     def tag(self, label: Label, span: str) -> bytes:
         """Returns the key of a span: equal for equal spans, whatever their case and blanks."""
@@ -49,13 +50,18 @@ class Memo:
         self._seen.add(hash(plain))
         return hmac.digest(self._key, f"{type(label).__name__}\0{plain}".encode(), "sha256")
 
-    def look_for(self, span: str) -> None:
-        """Lets `places` tell where this span may stand."""
+    def look_for(self, span: str, tag: bytes, label: Label) -> None:
+        """Lets `places` tell where this span may stand, and `looked_for` what it was called, also if nothing is drawn for it."""
+        self._looked_for.setdefault(tag, label)
         folded, length = span.casefold(), len(span)
         self._firsts.add(hash(folded[0]))
         known = self._lengths.get(head := hash(folded[:HEAD]), ())
         if length not in known:
             self._lengths[head] = tuple(sorted((*known, length), reverse=True))
+
+    def looked_for(self, tag: bytes) -> Label | None:
+        """Returns what a span that is looked for was called; None of another."""
+        return self._looked_for.get(tag)
 
     def places(self, text: str) -> Iterator[tuple[int, tuple[int, ...]]]:
         """Yields where spans to look for may begin in a text, and how long they may be, the longest first."""

@@ -155,7 +155,7 @@ class Sanitiser:
         tag = self._memo.tag(found.label, form)
         normal.setdefault(tag, form)
         if self._everywhere(own, found.label):
-            self._memo.look_for(own)
+            self._memo.look_for(own, tag, found.label)
         return Piece(found.start, found.stop, found.label, tag)
 
     def _fresh(self, piece: Piece, text: str, normal: dict[bytes, str]) -> _Fresh:
@@ -170,11 +170,11 @@ class Sanitiser:
         What a detector knows by its surroundings once is a secret everywhere: the password after `password is` also where an
         answer repeats it, which comes back with the next request. In lower case a name may be another word.
         """
-        labels = {piece.tag: piece.label for row in found for piece in row}
+        labels = {piece.tag: piece.label for row in found for piece in row if isinstance(piece.label, Kind)}
         rows: list[tuple[Piece, ...]] = []
         kept: set[str] = set()
         for text, row in zip(texts, found, strict=True):
-            row = self._with_known(text, row, labels)
+            row = self._with_known(text, row)
             words = _words_between(text, row)
             if self._memo.may_hold_any(words):
                 extra = self._named_elsewhere(text, row, labels)
@@ -215,12 +215,12 @@ class Sanitiser:
             return known
         return len(own) <= SHORT_WORD or self._sampler.cost(Span(own.lower(), Kind.WORD)).epsilon > 0
 
-    def _with_known(self, text: str, row: tuple[Piece, ...], labels: Mapping[bytes, Label]) -> tuple[Piece, ...]:
+    def _with_known(self, text: str, row: tuple[Piece, ...]) -> tuple[Piece, ...]:
         """Returns the pieces with those added that were found elsewhere and stand here again, and the others cut to make room."""
         known: list[Piece] = []
         for start, lengths in self._memo.places(text):
             if not known or start >= known[-1].stop:
-                found = (self._known(text, start, start + length, labels) for length in lengths)
+                found = (self._known(text, start, start + length) for length in lengths)
                 known += filter(None, [next(filter(None, found), None)])
         known = [one for one in known if not any(p.start <= one.start and one.stop <= p.stop for p in row)]
         if not known:
@@ -228,7 +228,7 @@ class Sanitiser:
         kept = [piece for part in row for piece in self._beside(text, part, known)]
         return tuple(sorted([*kept, *known], key=lambda piece: piece.start))
 
-    def _known(self, text: str, start: int, stop: int, labels: Mapping[bytes, Label]) -> Piece | None:
+    def _known(self, text: str, start: int, stop: int) -> Piece | None:
         own = text[start:stop]
         if len(own) < stop - start or own[-1].isspace() or not self._memo.may_hold(own):
             return None
@@ -236,9 +236,8 @@ class Sanitiser:
             return None
         for some in (Format.IDENTIFIER, Numeral.NUMBER, Kind.WORD):
             tag = self._memo.tag(some, own)
-            remembered = self._memo.get(tag)
-            label = labels.get(tag) or (remembered.label if remembered else None)
-            if label is not None and self._everywhere(own, label):
+            label = self._memo.looked_for(tag)
+            if label is not None:
                 named = isinstance(label, Kind) and label is not Kind.WORD
                 return None if named and own.islower() else Piece(start, stop, label, tag)
         return None
