@@ -80,6 +80,7 @@ fuzz: $(VENV)/.dev ## fuzz every parser of foreign bytes for a minute each, an h
 lock: $(VENV)/.dev ## recompute the lock files
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes -q -o requirements/run.lock
 	$(BIN)/uv pip compile pyproject.toml --extra dev --excludes requirements/excludes.txt --universal --python-version 3.11 --generate-hashes -q -o requirements/dev.lock
+	$(BIN)/uv pip compile requirements/vllm.in --excludes requirements/vllm_excludes.txt --universal --python-version 3.11 --generate-hashes -q -o requirements/vllm.lock
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis

