@@ -190,6 +190,7 @@ def test_a_host_that_is_not_believed_is_refused(run: Run, installation: Installa
         assert json.loads(run("verify", host, *trusting, "--json", code=10).stdout)["failed"] == ["root"]
         production = run("verify", host, "--measurement", MEASUREMENT.hex(), code=10)
     assert "not trusted for this kind" in " ".join(production.stdout.split())
+    assert "refused (root), as of" in production.stdout
 
 
 def test_hosts_that_answer_nonsense_are_malformed_and_absent_ones_an_error(
@@ -253,6 +254,9 @@ def test_nothing_is_accepted_unless_something_is_expected(
     record = json.loads(refused.stdout)
     assert record["failed"] == ["measurement"]
     assert MEASUREMENT.hex() in refused.stdout
+    unknown = " ".join(run("verify", path, code=10).stdout.split())
+    assert "nothing says what is expected: give --policy FILE, or --measurement HEX" in unknown
+    assert "it is unknown" not in unknown
     run("verify", path, *root, "--measurement", "any", code=0)
     run("verify", path, *root, "--measurement", bytes(32).hex(), code=10)
     run("verify", path, *trusting, "--report-data", bytes(64).hex(), code=0)

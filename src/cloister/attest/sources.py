@@ -41,7 +41,8 @@ def find_attester(
         )
     raise AttesterError(
         "This machine has no trusted execution environment that this program knows how to ask.",
-        remedy=f"Looked for {gramine}, {reports} and {sev}. On a plain machine, choose the stand-in (sim) by name.",
+        remedy=f"Looked for {gramine}, {reports} and {sev}. On a plain machine there is only the software stand-in "
+        "(--stand-in), which proves nothing.",
     )
 
 

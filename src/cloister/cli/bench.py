@@ -38,7 +38,7 @@ def latency(
     """Prefill and decode, side by side: unprotected, enclave-only, blinded online, blinded online and pads."""
     from cloister.bench.latency import run
 
-    record = run(shape, tokens, smoke, stderr())
+    record = run(_shape(shape, folders=True), tokens, smoke, stderr())
     _publish(record, out)
 
 
@@ -74,7 +74,7 @@ def plans(
     """Every policy: the decode time that the planner predicts, and the one that is measured."""
     from cloister.bench.plans import run
 
-    record = run(shape, smoke, stderr())
+    record = run(_shape(shape), smoke, stderr())
     _publish(record, out)
 
 
@@ -143,7 +143,7 @@ def attention(
     """Lent attention (pads on both operands) next to the enclave's own: time, CPU, bytes, multiplications, error."""
     from cloister.bench.attention import run
 
-    record = run(shape, contexts or [128, 512, 2048], tokens, smoke, stderr())
+    record = run(_shape(shape), contexts or [128, 512, 2048], tokens, smoke, stderr())
     _publish(record, out)
 
 
@@ -330,6 +330,14 @@ def split(
 
 def _names(detectors: str) -> list[str]:
     return [name.strip() for name in detectors.split(",")]
+
+
+def _shape(given: str, *, folders: bool = False) -> str:
+    """Returns the shape that was asked for, or raises before anything is measured."""
+    if given in ("demo", "1.1b") or (folders and Path(given).is_dir()):
+        return given
+    known = "demo, 1.1b, or the folder of a model" if folders else "demo or 1.1b"
+    raise SettingsError(f"--shape is {given!r}.", remedy=f"Give {known}.")
 
 
 def _publish(record: "Record", out: Path) -> None:

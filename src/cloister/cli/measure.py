@@ -1,6 +1,7 @@
 """`cloister measure`: what decides what an enclave does, file by file, and the one digest that stands for it."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -93,7 +94,7 @@ def _with_progress(subject: "Subject") -> "Measurement":
     from cloister.attest.measure import measure as take
 
     columns = (TextColumn("measuring"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=stderr(), transient=True) as progress:
+    with Progress(*columns, console=stderr(), transient=True, disable=not sys.stderr.isatty()) as progress:
         sizes = sum(path.stat().st_size for _, _, path in subject.files() if path.is_file())
         task = progress.add_task("measuring", total=sizes)
         return take(subject, lambda size: progress.advance(task, size))

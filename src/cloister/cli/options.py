@@ -18,7 +18,7 @@ from cloister.settings import (
     from_toml,
 )
 
-SAMPLING: Final = "How tokens are chosen"
+SAMPLING: Final = "How tokens are chosen (default: as the model's generation_config.json says)"
 PLACEMENT: Final = "What runs where"
 RUNNING: Final = "How it runs"
 ADAPTERS: Final = "Private adapters"
@@ -132,7 +132,10 @@ ContextOption = Annotated[
     int | None, typer.Option("--context", help="Most tokens of a session.", rich_help_panel=RUNNING)
 ]
 
-TokensOption = Annotated[int | None, typer.Option("--max-tokens", "-n", help="Longest answer in tokens.")]
+TokensOption = Annotated[
+    int | None,
+    typer.Option("--max-tokens", "-n", help="Longest answer in tokens. Default: what the model says, else 512."),
+]
 TemperatureOption = Annotated[
     float | None,
     typer.Option("--temperature", "-t", help="0 always takes the likeliest token.", rich_help_panel=SAMPLING),

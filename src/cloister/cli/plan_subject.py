@@ -1,6 +1,7 @@
 """What `cloister plan` plans for, and how its report is made: the model, the settings, the budgets."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,7 +124,9 @@ class Subject:
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """Yields `report(done, total)`, shown as a bar on the error stream."""
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), console=stderr(), transient=True)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), console=stderr(), transient=True, disable=not sys.stderr.isatty()
+    )
     task = bar.add_task(label, total=None)
     with bar:
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -74,7 +75,8 @@ def keep_numbered(reply: "Reply", folder: Path) -> Path:
 def tell(path: Path, trust: str) -> None:
     """Prints the command that verifies a receipt; `trust` are the options that say what is expected and who is believed."""
     request, response = (path.with_suffix(suffix) for suffix in SUFFIXES)
-    command = f"cloister verify {path} --request {request} --response {response} {trust}"
+    files = shlex.join([str(path), "--request", str(request), "--response", str(response)])
+    command = f"cloister verify {files} {trust}"
     stderr().print(Text(f"Receipt kept. To verify it: {command}", style="dim"), soft_wrap=True)
 
 

@@ -1,5 +1,6 @@
 """What the commands share that talk to an enclave elsewhere: whom to expect."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -98,7 +99,7 @@ class Elsewhere:
     @property
     def trust(self) -> str:
         """The options with which `cloister verify` expects and believes the same."""
-        stated = [f"--policy {self.policy}"] if self.policy is not None else []
+        stated = [f"--policy {shlex.quote(str(self.policy))}"] if self.policy is not None else []
         stated += [f"--root {text}" for text in self.roots] + [f"--measurement {text}" for text in self.measurements]
         return " ".join([*stated, *(f"--model-root {text}" for text in self.model_roots)])
 

@@ -1,6 +1,7 @@
 """`cloister seal`: turns a model directory into a package that only attested enclaves can open."""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -141,7 +142,7 @@ def _with_progress(
 
     privacy = read_privacy(policy) if policy is not None else None
     columns = (TextColumn("sealing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr(), transient=True) as progress:
+    with Progress(*columns, console=stderr(), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("sealing", total=None)
         return seal_model(
             model, out, key, name=name, version=version, privacy=privacy, adapters=_adapters(adapters or []), part=part,

@@ -216,7 +216,9 @@ def _show(report: Report, target: str, now: datetime) -> None:
         table.add_row(factor.check.value, outcome, Text(factor.reason))
     console.print(table)
     style = "bold green" if report.result.value == "accepted" else "bold red"
-    console.print(Text(f"{target}: {report.result.value}, as of {now:%Y-%m-%d %H:%M} UTC", style=style), soft_wrap=True)
+    failed = ", ".join(factor.check.value for factor in report.factors if factor.outcome.value == "FAIL")
+    result = report.result.value + (f" ({failed})" if failed else "")
+    console.print(Text(f"{target}: {result}, as of {now:%Y-%m-%d %H:%M} UTC", style=style), soft_wrap=True)
     if report.kind is not None and report.kind.value == "sim":
         stderr().print(
             "[bold yellow]This is a software stand-in: no hardware protects what it runs.[/bold yellow]", soft_wrap=True

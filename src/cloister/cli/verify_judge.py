@@ -151,8 +151,9 @@ def _expectations(question: Question, expected: Expected) -> "Expectations":
 def _nothing_expected(verdict: "Verdict") -> "list[Factor | ReceiptFactor]":
     from cloister.attest.evidence import Check, Factor, Outcome
 
-    found = verdict.claims.measurement.hex() if verdict.claims else "unknown"
-    text = f"nothing says what is expected; it is {found}. Pass --measurement {found} if you know it, or --policy"
+    text = "nothing says what is expected: give --policy FILE, or --measurement HEX"
+    if verdict.claims is not None:
+        text += f"; it is {verdict.claims.measurement.hex()}"
     kept = [factor for factor in verdict.factors if factor.check is not Check.MEASUREMENT]
     return [*kept, Factor(Check.MEASUREMENT, Outcome.FAIL, text)]
 

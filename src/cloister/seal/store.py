@@ -200,7 +200,11 @@ class Store:
         """
         with self.transaction() as database:
             if not database.execute("SELECT 1 FROM models WHERE name = ?", (name,)).fetchone():
-                raise BrokerError(f"No model {name!r} is known.", remedy="Seal it first: cloister seal --broker.")
+                known = ", ".join(dict.fromkeys(model.name for model in self.models())) or "none"
+                raise BrokerError(
+                    f"No model {name!r} is known to this broker.",
+                    remedy=f"Known: {known}. Another has to be sealed first: cloister seal MODEL --out PACKAGE.",
+                )
             cursor = database.execute(
                 "INSERT INTO grants (name, min_version, policy, uses, until) VALUES (?, ?, ?, ?, ?)",
                 (name, min_version, policy, uses, until),

@@ -1,0 +1,57 @@
+"""What commands say when something is not as it should be: the cause, and what to do."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cloister.assets import demo_model
+from cloister.cli.bench import _shape
+from cloister.cli.receipts import tell
+from cloister.errors import BrokerError, SettingsError
+from cloister.seal.store import Store
+
+
+def run(*arguments: str, code: int) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "cloister", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.mark.parametrize(("given", "folders"), [("7b", False), ("/nowhere", True), (str(demo_model()), False)])
+def test_an_unknown_shape_is_refused_before_anything_is_measured(given: str, folders: bool) -> None:
+    with pytest.raises(SettingsError, match="--shape"):
+        _shape(given, folders=folders)
+
+
+def test_known_shapes_are_taken() -> None:
+    assert [_shape("demo"), _shape("1.1b"), _shape(str(demo_model()), folders=True)] == [
+        "demo", "1.1b", str(demo_model()),
+    ]  # fmt: skip
+
+
+def test_serving_without_a_tee_names_the_option_of_the_stand_in() -> None:
+    if any(Path(place).exists() for place in ("/dev/attestation", "/sys/kernel/config/tsm/report", "/dev/sev-guest")):
+        pytest.skip("this machine has a TEE")
+    assert "--stand-in" in run("serve", "demo", code=1).stderr
+
+
+def test_nothing_but_the_answer_when_nobody_watches() -> None:
+    done = run("measure", "--expect", "00" * 32, code=10)
+    assert done.stderr.startswith("It is not the expected"), "no bar, no empty line"
+
+
+def test_the_command_that_verifies_a_receipt_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    tell(Path("my answers/1.json"), "--policy p.toml")
+    assert "cloister verify 'my answers/1.json' --request 'my answers/1.request'" in capsys.readouterr().err
+
+
+def test_a_broker_names_the_models_that_it_knows(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "store", create=True) as store:
+        store.deposit(bytes(32), "story", 1, bytes(32), "now")
+        with pytest.raises(BrokerError, match="No model 'stroy'") as refused:
+            store.allow("stroy", "", "now", min_version=1)
+    assert "Known: story" in refused.value.remedy
