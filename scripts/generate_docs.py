@@ -14,7 +14,7 @@ from typing import Any
 import typer
 
 from record_tables import attention, baselines, records, restoring, results
-from sanitising_tables import sanitising, sanitising_networks
+from sanitising_tables import sanitising, sanitising_networks, sanitising_short, sanitising_speed
 from tables import table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,6 +181,8 @@ BLOCKS = {
     "attention": attention,
     "sanitising": sanitising,
     "sanitising_networks": sanitising_networks,
+    "sanitising_short": sanitising_short,
+    "sanitising_speed": sanitising_speed,
     "restoring": restoring,
 }
 

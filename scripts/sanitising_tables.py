@@ -7,6 +7,34 @@ from tables import measured_on, read, table
 Lines = list[dict[str, object]]
 
 
+def sanitising_short() -> str:
+    """Returns what matters of the record in one table: accuracy and the best attack, for both sizes of classes."""
+    record = read("sanitize")
+    if record is None:
+        return "No record yet: run `cloister bench sanitize`."
+    lines: Lines = []
+    for task, key, title, scale in (
+        ("sst2", "trained sanitised", "accuracy on SST-2, %", 100),
+        ("agnews", "trained sanitised", "accuracy on AG News, %", 100),
+        ("sst2", "uniform %", "words that the best attacker names, %", 1),
+    ):
+        clean = 100 * record["facts"][f"clean accuracy, {task}"]
+        for mechanism, size in (("channel", 20), ("channel (K = 64)", 64)):
+            found = {row["ε"]: row for row in record["rows"] if (row["task"], row["mechanism"]) == (task, mechanism)}
+            line: dict[str, object] = {"": title, "classes of": size}
+            line["clean text"] = f"{clean:.1f}" if scale == 100 else "100"
+            lines.append(line | {f"ε = {epsilon:g}": f"{scale * row[key]:.1f}" for epsilon, row in found.items()})
+    return table(lines)
+
+
+def sanitising_speed() -> str:
+    """Returns the table of what a prompt's sanitising takes, stage by stage."""
+    record = read("sanitize-speed")
+    if record is None:
+        return "No record yet: run `cloister bench sanitize-speed`."
+    return f"{table(record['rows'])}\n\nMedians in milliseconds, of the whole the 95th percentile too. {measured_on(record)}."
+
+
 def sanitising() -> str:
     """Returns the tables of what sanitising costs: accuracy and attacks by ε, the leads of `channel`, the other tasks."""
     record = read("sanitize")
