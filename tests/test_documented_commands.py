@@ -2,7 +2,6 @@
 
 import ast
 import re
-import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -108,18 +107,6 @@ def test_what_does_not_exist_is_seen() -> None:
     assert [words[:2] for words in commands_in("docker compose run --rm broker broker allow demo; cloister demo\n")] == [
         ["broker", "allow"], ["demo"],
     ]  # fmt: skip
-
-
-def test_every_extra_that_is_named_exists() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    files = [*PAGES, *SOURCES, *SCRIPTS, *ROOT.glob("scripts/*.py")]
-    named = {
-        extra.strip()
-        for file in files
-        for found in re.findall(r"(?:cloister|\.)\\{0,2}\[([a-z, ]+)\]['\"]", file.read_text())
-        for extra in found.split(",")
-    }
-    assert {"gateway", "cuda", "accelerator"} <= named <= set(extras)
 
 
 def all_commands(command: Any) -> Iterator[Any]:

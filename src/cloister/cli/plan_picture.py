@@ -49,7 +49,7 @@ def draw(report: Report, path: Path) -> None:
     except ImportError as error:
         raise PlanError(
             "Pictures need matplotlib, which is not installed.",
-            remedy="Install it with: pip install matplotlib.",
+            remedy="Install it with: pip install 'cloister[plots]'.",
         ) from error
     figure = Figure(figsize=(9, 10))
     axes = figure.add_axes((0.02, 0.02, 0.96, 0.9))
