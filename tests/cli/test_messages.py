@@ -1,5 +1,6 @@
 """What commands say when something is not as it should be: the cause, and what to do."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from cloister.assets import demo_model
 from cloister.cli.bench import _shape
 from cloister.cli.receipts import tell
 from cloister.errors import BrokerError, SettingsError
+from cloister.local.confined import write_policy
 from cloister.seal.store import Store
 
 
@@ -47,6 +49,36 @@ def test_nothing_but_the_answer_when_nobody_watches() -> None:
 def test_the_command_that_verifies_a_receipt_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
     tell(Path("my answers/1.json"), "--policy p.toml")
     assert "cloister verify 'my answers/1.json' --request 'my answers/1.request'" in capsys.readouterr().err
+
+
+def test_a_policy_is_written_whole_and_never_over_another(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    write_policy(path, "one")
+    write_policy(path, "one")  # the same command again
+    with pytest.raises(SettingsError, match="names another enclave"):
+        write_policy(path, "two")
+    assert path.read_text() == "one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_no_half_of_a_picture(tmp_path: Path) -> None:
+    small = tmp_path / "plan.svg"
+    limit = f"ulimit -f 4; exec {sys.executable} -m cloister plan demo --no-calibrate --picture {small}"  # 4 kB a file
+    done = subprocess.run(
+        ["/bin/bash", "-c", f"trap '' XFSZ; {limit}"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_control_c_while_the_program_is_loaded_is_quiet(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")  # as if it came at this very moment
+    done = subprocess.run(
+        [sys.executable, "-m", "cloister", "--version"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_a_broker_names_the_models_that_it_knows(tmp_path: Path) -> None:

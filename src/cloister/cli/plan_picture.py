@@ -1,5 +1,6 @@
 """The picture of a plan: a decoder block with every operator coloured by where it runs (SVG, PNG or PDF, by suffix)."""
 
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,12 +73,18 @@ def draw(report: Report, path: Path) -> None:
         axes.text(0.9 + 3.9 * place, -len(_ROWS) - 0.1, MEANINGS[placement], va="center", fontsize=9)
     warning = "INSECURE  " if report.insecure else ""
     figure.suptitle(f"{warning}{report.model}: {report.policy}, {report.threat} (decode)", fontsize=13)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    except (OSError, ValueError) as error:
+        figure.savefig(temporary, metadata={"Date": None} if path.suffix == ".svg" else None)
+        temporary.replace(path)
+    except ValueError as error:
         raise PlanError(
             f"Cannot write {path}: {error}.", remedy="Give a path that ends in .svg, .png or .pdf."
         ) from error
+    except OSError as error:
+        raise PlanError(f"Cannot write {path}: {error.strerror}.", remedy="Name a file in another folder.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _operator(axes: Any, left: float, top: float, width: float, kind: str, rows: list[Row]) -> None:

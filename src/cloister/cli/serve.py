@@ -88,6 +88,10 @@ def _confined(
     from cloister.local.confined import ConfinedServer, write_policy
 
     console, display = stderr(), Display()
+    if policy_out is not None and not policy_out.absolute().parent.is_dir():
+        raise SettingsError(
+            f"There is no folder {policy_out.parent} for the policy.", remedy="Make it, or name another file."
+        )
     with display.loading():
         server = ConfinedServer(model, settings, listen=listen, listener=display, adapters=adapters)
     with server:

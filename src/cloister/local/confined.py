@@ -114,15 +114,31 @@ class ConfinedServer:
 
 
 def write_policy(path: Path, text: str) -> None:
-    """Writes a policy file; whoever holds it trusts what it names.
+    """Writes a policy file, whole or not at all; whoever holds it trusts what it names.
+
+    One that says the same already is left as it is, so that a server can be started again with the same command.
 
     Raises:
-        SettingsError: it is there already, or cannot be written.
+        SettingsError: another is there already, or it cannot be written.
     """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
+        if path.exists():
+            if path.read_bytes() == text.encode():
+                return
+            raise SettingsError(
+                f"{path} is there already and names another enclave.",
+                remedy="Remove it, and give clients the new one; or name another file.",
+            )
+        try:
+            with temporary.open("x", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(temporary, path)  # fails where a rename would overwrite
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise SettingsError(
-            f"The policy {path} cannot be written: {error.strerror}.", remedy="Name another file."
+            f"The policy {path} cannot be written: {error.strerror}.", remedy="Free some room, or name another file."
         ) from error
