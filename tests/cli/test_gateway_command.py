@@ -1,6 +1,8 @@
 """`cloister gateway` and `cloister ledger` as commands: what they refuse, and what they print."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +60,17 @@ def test_the_ledger_is_shown_as_tables_and_as_json(tmp_path: Path) -> None:
     absent = run("ledger", "--ledger", str(tmp_path / "none.db"))
     assert absent.returncode == 1
     assert "no ledger" in absent.stderr
+
+
+def test_a_gateway_before_an_enclave_speaks_of_no_ledger_and_ends_on_control_c() -> None:
+    command = [sys.executable, "-m", "cloister", "gateway", "--engine", "enclave", "--model", "demo", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stderr is not None
+        said = [process.stderr.readline(), process.stderr.readline()]
+        os.killpg(process.pid, signal.SIGINT)
+        said.append(process.stderr.read())
+        assert process.wait(30) in (0, 130)
+    assert said[0].startswith("Listening on http://127.0.0.1:")
+    assert "unsanitised" in said[1]
+    assert "ledger" not in said[2]
+    assert "Traceback" not in said[2]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cloister.assets import demo_model
-from cloister.cli.bench import _shape
+from cloister.bench.record import Record
+from cloister.cli.bench import _publish, _shape, _writable
 from cloister.cli.receipts import tell
 from cloister.errors import BrokerError, SettingsError
 from cloister.local.confined import write_policy
@@ -87,3 +88,24 @@ def test_a_broker_names_the_models_that_it_knows(tmp_path: Path) -> None:
         with pytest.raises(BrokerError, match="No model 'stroy'") as refused:
             store.allow("stroy", "", "now", min_version=1)
     assert "Known: story" in refused.value.remedy
+
+
+def test_a_record_that_cannot_be_written_is_refused_before_it_is_measured_or_shown_after(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="No record can be written"):
+        _writable(tmp_path / "file" / "records")
+    assert _writable(tmp_path / "new" / "records") == tmp_path / "new" / "records"
+    assert not (tmp_path / "new").exists()
+    record = Record("speed", [{"variant": "plain", "tokens/s": 12.5}], {}, {})
+    with pytest.raises(SettingsError, match="shown above"):
+        _publish(record, tmp_path / "file")
+    assert "12.5" in capsys.readouterr().out
+
+
+def test_half_a_record_is_not_left(tmp_path: Path) -> None:
+    record = Record("speed", [{"variant": {1j}}], {}, {})  # what JSON cannot hold
+    with pytest.raises(TypeError):
+        record.write(tmp_path)
+    assert list(tmp_path.iterdir()) == []

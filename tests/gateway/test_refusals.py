@@ -321,6 +321,18 @@ def test_web_pages_cannot_use_it(start: Start, headers: dict[str, str], status: 
     assert not running.engine.record
 
 
+@pytest.mark.parametrize(("path", "status"), [("/chat/completions", 404), ("/v1/nothing", 404), ("/v1/models", 405)])
+def test_what_is_not_served_is_said_as_the_protocol_has_it(start: Start, path: str, status: int) -> None:
+    running = start()
+    request = urllib.request.Request(
+        running.url.removesuffix("/v1") + path, b"{}", {"content-type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=30)
+    assert refused.value.code == status
+    assert "ends in /v1" in json.loads(refused.value.read())["error"]["message"]
+
+
 def test_a_key_is_asked_for_where_one_is_set(start: Start) -> None:
     running = start(key="let me in")
     assert running.engine is not None

@@ -38,11 +38,15 @@ class Record:
         """Writes the record as JSON, whole or not at all; returns its path."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.json"
-        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1)
-            file.write("\n")
-        Path(file.name).chmod(0o644)
-        Path(file.name).replace(path)
+        file = tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8")  # noqa: SIM115
+        try:
+            with file:
+                json.dump(asdict(self), file, indent=1)
+                file.write("\n")
+            Path(file.name).chmod(0o644)
+            Path(file.name).replace(path)
+        finally:
+            Path(file.name).unlink(missing_ok=True)
         return path
 
     def show(self, console: Console) -> None:

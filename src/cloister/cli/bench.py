@@ -1,5 +1,6 @@
 """`cloister bench`: measurements that write JSON records."""
 
+import os
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,16 @@ app = typer.Typer(
     no_args_is_help=True, help="Measure speed, trusted CPU time and fidelity; each run writes a JSON record."
 )
 
-OutOption = Annotated[Path, typer.Option("--out", help="Folder of the records.")]
+
+def _writable(folder: Path) -> Path:
+    """Returns the folder of the records, or raises before anything is measured."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise SettingsError(f"No record can be written to {folder}.", remedy="Give another --out.")
+    return folder
+
+
+OutOption = Annotated[Path, typer.Option("--out", help="Folder of the records.", callback=_writable)]
 SmokeOption = Annotated[bool, typer.Option("--smoke", help="A few seconds on tiny shapes: does it run at all?")]
 
 
@@ -341,9 +351,15 @@ def _shape(given: str, *, folders: bool = False) -> str:
 
 
 def _publish(record: "Record", out: Path) -> None:
-    """Writes a record into its folder and shows it."""
-    record.write(out)
-    record.show(stdout())
+    """Writes a record into its folder and shows it, also where it cannot be written: nobody measures twice for that."""
+    try:
+        record.write(out)
+    except OSError as error:
+        raise SettingsError(
+            f"The record cannot be written to {out}: {error.strerror}; it is shown above.", remedy="Give another --out."
+        ) from error
+    finally:
+        record.show(stdout())
 
 
 @app.command("all")

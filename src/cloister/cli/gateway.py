@@ -4,6 +4,7 @@ import asyncio
 import gc
 import ipaddress
 import os
+import shlex
 import socket
 from contextlib import ExitStack, closing
 from enum import StrEnum
@@ -216,7 +217,8 @@ def gateway(
             service = Gateway(made, settings, guard)
         hosts = {LOOPBACK, "localhost", "[::1]", host}
         app = application(service, hosts=tuple(hosts), origins=tuple(origins or ()), key=key)
-        asyncio.run(_serve(service, app, listener, quiet))
+        spent = f"cloister ledger --ledger {shlex.quote(str(ledger))}" if ledger is not None else "cloister ledger"
+        asyncio.run(_serve(service, app, listener, spent, quiet))
 
 
 def ledger_path() -> Path:
@@ -225,7 +227,7 @@ def ledger_path() -> Path:
     return Path(state) / "cloister" / "ledger.db"
 
 
-async def _serve(service: "Gateway", app: "Starlette", listener: socket.socket, quiet: bool) -> None:
+async def _serve(service: "Gateway", app: "Starlette", listener: socket.socket, spent: str, quiet: bool) -> None:
     import uvicorn
 
     from cloister.wire.tcp import address_of
@@ -241,9 +243,11 @@ async def _serve(service: "Gateway", app: "Starlette", listener: socket.socket, 
             console.print(f"  {described['statement']}", soft_wrap=True)
             if "sanitiser" in described:
                 console.print(f"  Sanitised in: {described['sanitiser']['tee']}", soft_wrap=True, highlight=False)
-            console.print(
-                f"  What was replaced and spent: http://{address}/v1/privacy, `cloister ledger`.", soft_wrap=True
-            )
+                console.print(
+                    f"  What was replaced and spent: http://{address}/v1/privacy, `{spent}`.",
+                    soft_wrap=True,
+                    highlight=False,
+                )
         gc.freeze()  # going through the libraries' objects again would stop every answer for a moment
         config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", server_header=False)
         await uvicorn.Server(config).serve(sockets=[listener])

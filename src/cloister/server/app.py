@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -89,7 +90,10 @@ def application(
 
     `origins` are web pages that may use it from a browser; with `key`, clients must send it as their API key.
     """
-    return Starlette(routes=_Server(service, frozenset(hosts), frozenset(origins), key).routes())
+    absent = {404: _absent, 405: _absent}
+    return Starlette(
+        routes=_Server(service, frozenset(hosts), frozenset(origins), key).routes(), exception_handlers=absent
+    )
 
 
 class _Server:
@@ -272,6 +276,13 @@ async def _chained(first: list[Delta], rest: AsyncIterator[Delta]) -> AsyncItera
         yield delta
     async for delta in rest:
         yield delta
+
+
+async def _absent(_request: Request, error: Exception) -> Response:
+    """Says in the protocol's form that a path or method is not served; the commonest reason is a base URL without /v1."""
+    status = error.status_code if isinstance(error, HTTPException) else 404
+    text = "This path or method is not served. OpenAI clients need a base URL that ends in /v1."
+    return _refused(status, text, "not_found")
 
 
 def _json(body: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
