@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from record_tables import attention, baselines, records, restoring, results
+from record_tables import attention, baselines, gateway, records, restoring, results
 from sanitising_tables import sanitising, sanitising_networks, sanitising_short, sanitising_speed
 from tables import table
 
@@ -184,6 +184,7 @@ BLOCKS = {
     "sanitising_short": sanitising_short,
     "sanitising_speed": sanitising_speed,
     "restoring": restoring,
+    "gateway": gateway,
 }
 
 

@@ -94,3 +94,14 @@ def restoring() -> str:
     if record is None:
         return "No record yet: run `cloister bench restoring`."
     return f"{table(record['rows'])}\n\n`{record['command']}`, commit `{record['machine']['commit']}`."
+
+
+def gateway() -> str:
+    """Returns the table of what the gateway adds to an engine's answers."""
+    record = read("gateway")
+    if record is None:
+        return "No record yet: run `cloister bench gateway`."
+    wanted = ("model", "transport", "requests", "direct", "through", "added", "at least", "at most", "added %")
+    first = ("first token, direct", "first token, through")
+    rows = [{key: row[key] for key in (*wanted, *first)} for row in record["rows"]]
+    return f"{table(rows, 2)}\n\n{measured_on(record)}; medians in milliseconds."
