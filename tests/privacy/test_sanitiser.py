@@ -149,6 +149,17 @@ def test_what_a_refused_prompt_told_to_be_a_secret_is_one(tmp_path: Path) -> Non
     assert "hunter2!x" not in safe.sanitise(["So hunter2!x it is."]).texts[0]
 
 
+def test_a_number_is_one_secret_with_and_without_separators(tmp_path: Path) -> None:
+    """Restoring writes either form, as the model did; a draw for each would tell more about the value than one."""
+    safe = sanitiser(tmp_path)
+    for own, other in (("45,200", "45200"), ("7100", "7,100"), ("3,234.5", "3234.5"), ("61000", "61,000")):
+        sent = [swap.sent for text in (own, other) for swap in safe.sanitise([f"Pay {text} dollars."]).swaps]
+        assert [form.replace(",", "") for form in sent] == 2 * [sent[0].replace(",", "")]
+        assert ["," in form for form in sent] == ["," in own, "," in other]
+    once = {swap.own: swap.sent for swap in safe.sanitise(["Pay 82,300 and 82300."]).swaps}
+    assert once["82,300"].replace(",", "") == once["82300"]
+
+
 def test_a_single_digit_that_was_an_amount_is_the_same_one_elsewhere(tmp_path: Path) -> None:
     safe = sanitiser(tmp_path)
     (swap,) = safe.sanitise(["It is 5% of all."]).swaps

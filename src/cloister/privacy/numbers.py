@@ -64,6 +64,16 @@ def cost(epsilon: Fraction) -> Cost:
     return pure(float(epsilon) * (1 + 1e-15))
 
 
+def other_form(text: str) -> str | None:
+    """Returns a number with thousands separators without them, and one without them with them; None of anything else."""
+    if _GROUPED.fullmatch(text) is not None:
+        return text.replace(",", "")
+    whole, point, part = text.partition(".")
+    if not (whole.isascii() and whole.isdecimal() and len(whole) > 3 and whole[0] != "0"):
+        return None
+    return f"{int(whole):,}{point}{part}" if part.isdecimal() or not point else None
+
+
 def read(text: str) -> Valued | None:
     """Returns the value in `text` with the bounds of its class, or None if it is no number and no date."""
     return _number(text) if text.isdecimal() else _date(text) or _number(text)

@@ -298,10 +298,16 @@ class Sanitiser:
                 made = pseudonym(one.text, one.label, self._memo.unused, below)
                 self._memo.put(one.tag, Remembered(made, one.label))
             elif isinstance(one.label, Numeral):
-                drawn = numbers.noisy(one.text, self._epsilon, below)
+                drawn = self._drawn_in_other_form(one.text) or numbers.noisy(one.text, self._epsilon, below)
                 if drawn is None:
                     raise PrivacyError("A value was taken for a number and is none; nothing was sent.")
                 self._memo.put(one.tag, Remembered(drawn, one.label))
+
+    def _drawn_in_other_form(self, number: str) -> str | None:
+        """Returns what was drawn for a number that is written with separators here and was without, or the other way round."""
+        other = numbers.other_form(number)
+        drawn = None if other is None else self._memo.get(self._memo.tag(Numeral.NUMBER, other))
+        return None if drawn is None else numbers.other_form(drawn.text)
 
     def _replaced(self, text: str, pieces: Sequence[Piece]) -> tuple[str, list[Swap]]:
         parts: list[str] = []
