@@ -42,6 +42,7 @@ def found(text: str, **options: object) -> dict[str, object]:
         ("order A-1234-XY came", "A-1234-XY", Format.IDENTIFIER),
         ("see https://foo.bar/x?y=1.", "https://foo.bar/x?y=1", Format.URL),
         ("earned $45,200 then", "45,200", Numeral.NUMBER),
+        ("earned 61,000 then", "61,000", Numeral.NUMBER),
         ("born 12/05/1980 there", "12/05/1980", Numeral.DATE),
         ("on March 3, 2021 we", "March 3, 2021", Numeral.DATE),
         ("about project  falcon now", "project  falcon", Kind.ORGANISATION),

@@ -35,7 +35,7 @@ UUID: Final = re.compile(r"\b[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12
 MIXED: Final = re.compile(
     r"(?<![\w@])(?=[\w/-]{0,60}\d)(?=[\w/-]{0,60}[A-Za-z])[A-Za-z0-9][\w/-]{2,60}[A-Za-z0-9](?!\w)"
 )
-DIGITS: Final = re.compile(r"(?<![\w.,])\d(?:[ -]?\d){6,30}(?![\w])|(?<!\w)0\d{2,30}(?!\w)")
+DIGITS: Final = re.compile(r"(?<![\w.,])\d(?:[ -]?\d){6,30}(?![\w])|(?<!\d[.,])(?<!\w)0\d{2,30}(?!\w)")
 DATE: Final = re.compile(
     r"(?<![\w/-])(?:\d{4}-\d{2}-\d{2}|\d{1,2}[/.-]\d{1,2}[/.-](?:\d{4}|\d{2}))(?![\w/-])"
     r"|\b(?:\d{1,2}\.? )?(?:January|February|March|April|May|June|July|August|September|October|November|December)"
