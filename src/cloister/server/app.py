@@ -131,7 +131,8 @@ class _Server:
                 response = _json(error_body(error), status_of(error), _retry(error))
             except ClientDisconnect:
                 response = Response(status_code=499)
-            path = "/".join(request.url.path.split("/")[:3]) if request.path_params else request.url.path
+            asked = request.scope["path"]  # not that of `request.url`, which older versions read out of the Host header
+            path = "/".join(asked.split("/")[:3]) if request.path_params else asked
             self._traffic.note(path, response.status_code, time.monotonic() - start)
             return response
 
