@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import openai
@@ -38,6 +39,15 @@ def running(serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     enclave = OwnEnclave(demo_model())
     yield serve(Gateway(EnclaveEngine(enclave, "demo"), GatewaySettings(), None))  # the gateway closes it
+
+
+@pytest.mark.parametrize("warning", ["", "INSECURE baseline shield-attention: the accelerator sees ..."])
+def test_an_insecure_baseline_behind_the_gateway_says_so(warning: str) -> None:
+    calls = dict.fromkeys(("chat", "generate", "cancel", "attest", "close"), list)
+    info = SimpleNamespace(tee="t", max_context=1, warning=warning)
+    described = EnclaveEngine(SimpleNamespace(info=info, **calls), "demo").describe()  # type: ignore[arg-type]
+    assert described.get("warning", "") == warning
+    assert ("warning" in described) == bool(warning)
 
 
 def get(running: Running, path: str) -> bytes:

@@ -145,6 +145,8 @@ def _inside(
         server = EnclaveServer(request, attester, owner=owner)
     with server, tcp_listen(*where) as listener:
         measurement = server.ready.measurement
+        if server.ready.warning:
+            console.print(Text(server.ready.warning, style="bold red"))
         console.print(f"{server.ready.model} at {address_of(listener)}, measurement {measurement}", soft_wrap=True)
         server.serve(listener)
 

@@ -116,7 +116,8 @@ class EnclaveEngine:
         """See `Engine`."""
         info = self._enclave.info
         described = {"transport": "enclave", "model": self._name, "tee": info.tee, "context": info.max_context}
-        return described | ({"address": self._address} if self._address else {})
+        told = {"address": self._address, "warning": info.warning}
+        return described | {name: text for name, text in told.items() if text}
 
     async def start(self) -> None:
         """Does nothing: the enclave is open."""
