@@ -28,19 +28,6 @@ from cloister.settings import AcceleratorSettings, BlindingSettings, OnFailure, 
 from cloister.wire.messages import Blinded, PublicWeight
 from cloister.wire.session import Generate, Sampling
 
-PROMPT = "Once upon a time, there was a kind fox named Mia."
-
-
-@pytest.fixture(scope="module")
-def model() -> EnclaveModel:
-    directory = open_model(demo_model())
-    return prepare(directory.checkpoint, directory.spec, BlindingSettings(), PadSource())
-
-
-@pytest.fixture(scope="module")
-def tokens() -> list[int]:
-    return open_model(demo_model()).tokenizer.encode(PROMPT)
-
 
 class Setup:
     """A gate with its pantry and forward pass."""

@@ -5,7 +5,6 @@ import pytest
 
 from cloister.accelerator.inprocess import InProcessAccelerator
 from cloister.accelerator.shared import SharedMemoryAccelerator
-from cloister.assets import demo_model
 from cloister.audit.observer import Observer
 from cloister.audit.tamper import Tamper
 from cloister.blinding.pads import PadSource
@@ -14,24 +13,10 @@ from cloister.enclave.forward import Forward
 from cloister.enclave.kvcache import PagedKVCache
 from cloister.enclave.masked_attention import MaskedAttention
 from cloister.enclave.outsource import Gate
-from cloister.enclave.prepare import EnclaveModel, prepare
+from cloister.enclave.prepare import EnclaveModel
 from cloister.enclave.schedule import Schedule
 from cloister.errors import SettingsError, VerificationError
-from cloister.model.directory import open_model
 from cloister.settings import AcceleratorSettings, BlindingSettings, OnFailure, Prefill, Settings
-
-PROMPT = "Once upon a time, there was a kind fox named Mia."
-
-
-@pytest.fixture(scope="module")
-def model() -> EnclaveModel:
-    directory = open_model(demo_model())
-    return prepare(directory.checkpoint, directory.spec, BlindingSettings(), PadSource())
-
-
-@pytest.fixture(scope="module")
-def tokens() -> list[int]:
-    return open_model(demo_model()).tokenizer.encode(PROMPT)
 
 
 class Setup:
