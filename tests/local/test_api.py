@@ -15,7 +15,7 @@ import cloister
 from cloister.assets import demo_model
 from cloister.errors import CheckpointError, EnclaveLostError, ModelError, RequestError, SettingsError, WireError
 from cloister.local.client import LLM
-from cloister.settings import AcceleratorSettings, PlanSettings, Settings
+from cloister.settings import AcceleratorSettings, CacheSettings, PlanSettings, Settings
 from cloister.wire.session import Event, Generate, Progress, Rehearsal, Sampling, SessionSocket
 from tests.isolation.processes import innermost
 
@@ -119,8 +119,15 @@ def test_a_bad_request_is_refused_and_the_session_goes_on(
 
 
 def test_a_prompt_longer_than_the_context_is_refused(llm: LLM) -> None:
-    with pytest.raises(RequestError, match="context holds 512"):
+    with pytest.raises(RequestError, match="context holds 512") as refused:
         _ = llm.generate("the fox " * 600).text
+    assert "trained for no more" in refused.value.remedy
+    with (
+        cloister.load(demo_model(), Settings(cache=CacheSettings(max_context=64))) as short,
+        pytest.raises(RequestError, match="context holds 64") as refused,
+    ):
+        _ = short.generate("the fox " * 100).text
+    assert "at most to 512" in refused.value.remedy
 
 
 def test_messages_without_role_and_content_are_refused(llm: LLM) -> None:

@@ -129,7 +129,12 @@ TimeoutOption = Annotated[
     float | None, typer.Option("--timeout", help="Seconds to wait for one product.", rich_help_panel=RUNNING)
 ]
 ContextOption = Annotated[
-    int | None, typer.Option("--context", help="Most tokens of a session.", rich_help_panel=RUNNING)
+    int | None,
+    typer.Option(
+        "--context",
+        help="Most tokens of a session, prompt and answer. Default: what the model was trained for, at most 8192.",
+        rich_help_panel=RUNNING,
+    ),
 ]
 
 TokensOption = Annotated[

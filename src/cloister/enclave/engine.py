@@ -178,7 +178,9 @@ class Engine:
         if len(tokens) >= limit:
             raise RequestError(
                 f"The prompt has {len(tokens)} tokens and the context holds {limit}.",
-                remedy="Shorten the prompt or raise cache.max_context.",
+                remedy="Shorten the prompt: the model was trained for no more tokens."
+                if limit >= self.forward.trained_context
+                else f"Shorten the prompt, or raise cache.max_context (--context), at most to {self.forward.trained_context}.",
             )
         return tokens
 

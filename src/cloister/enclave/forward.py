@@ -119,6 +119,11 @@ class Forward:
         return self._cache.max_tokens
 
     @property
+    def trained_context(self) -> int:
+        """Most tokens that the model was trained for."""
+        return self._model.spec.max_positions
+
+    @property
     def tokens(self) -> int:
         """How many tokens the cache holds."""
         return self._sequence.tokens
