@@ -21,6 +21,16 @@ def made(tmp_path: Path, text: str, threat: str = "private-prompts", policy: str
     return result
 
 
+@pytest.mark.parametrize("threat", ["private-prompts", "private-model"])
+def test_the_example_of_the_documentation_is_one(tmp_path: Path, threat: str) -> None:
+    page = Path(__file__).parents[2] / "docs" / "planner.md"
+    text = page.read_text(encoding="utf-8").partition("```toml\n")[2].partition("```")[0]
+    assert "plan.toml" in text
+    result = made(tmp_path, text, threat)
+    assert result.groups(Phase.DECODE, Placement.BLINDED) == {"layers.1.gate_up", "layers.1.down", "lm_head"}
+    assert {"layers.0.qkv", "layers.0.down"} <= result.secret_groups
+
+
 def test_a_secret_tensor_keeps_its_whole_product_in_the_enclave(tmp_path: Path) -> None:
     result = made(tmp_path, '[tensors]\n"model.layers.0.self_attn.q_proj.weight" = "secret"\n')
     assert result.secret_groups == {"layers.0.qkv"}
