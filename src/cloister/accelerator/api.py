@@ -5,11 +5,13 @@ Covers: the whole vocabulary between the enclave and an accelerator. Does not co
 may be malicious: it may read, keep and answer anything. The enclave checks every product (`enclave.outsource`).
 """
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
 
+from cloister.wire.exchange import Line
 from cloister.wire.messages import Blinded, PublicWeight
 from cloister.wire.pairs import PairRequest
 
@@ -69,5 +71,26 @@ class PairAccelerator(Accelerator, Protocol):
 
         Raises:
             AcceleratorError: as for `multiply_pair`.
+        """
+        ...
+
+
+@runtime_checkable
+class LineAccelerator(Accelerator, Protocol):
+    """An accelerator that compiled code can lend single rows to, without calling it for each."""
+
+    def line(self, weights: Sequence[PublicWeight], timeout_seconds: float) -> Line:
+        """Returns a line to lend one row for each of `weights`, in turn; it ends when anything else is asked of this.
+
+        Raises:
+            AcceleratorError: it is closed, or a weight is not registered.
+        """
+        ...
+
+    def settle(self, line: Line, index: int, outcome: int) -> None:
+        """Raises the error behind the `outcome` of an exchange on a line; returns if a signal interrupted it, no more.
+
+        Raises:
+            AcceleratorError: as for `multiply`.
         """
         ...

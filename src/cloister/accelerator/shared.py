@@ -6,13 +6,16 @@ Guarantees: every wait ends within its timeout. After its first failure this acc
 Does not cover: starting the worker (`accelerator.launch`); wrong numbers, which the check of the gate catches.
 """
 
+import errno
+import os
 import socket
 import struct
 import subprocess
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64
 
 from cloister.accelerator.launch import launch_worker
 from cloister.errors import (
@@ -34,6 +37,7 @@ from cloister.wire.codec import (
     encode_pair_request,
     peer_text,
 )
+from cloister.wire.exchange import UNSENT, Line
 from cloister.wire.messages import Blinded, PublicWeight
 from cloister.wire.pairs import PairRequest
 from cloister.wire.sealed_memory import Arena, SealedMatrix
@@ -46,6 +50,10 @@ REGISTER_SECONDS: Final = 60.0
 
 SEND_SECONDS: Final = 1.0
 """Longest wait for room for one header. Only a worker that answers without reading can let the socket fill up."""
+
+
+_REQUEST: Final = 1
+"""Which 8 bytes of a header number the request."""
 
 
 class SharedMemoryAccelerator:
@@ -66,6 +74,7 @@ class SharedMemoryAccelerator:
         self._arenas: tuple[Arena, Arena] | None = None
         self._buffer = bytearray(HEADER_BYTES + MAX_ERROR_BYTES + 1)
         self._timeout = -1.0
+        self._line: tuple[Sequence[PublicWeight], Int64[np.ndarray, "weights 2 words"]] | None = None
 
     @staticmethod
     def start(label: str = "worker", backend: Backend = Backend.AUTO, threads: int = 0) -> "SharedMemoryAccelerator":
@@ -118,6 +127,43 @@ class SharedMemoryAccelerator:
         self._exchange(*encode_pair(self._request, index, rows, d_in, d_out), Kind.PRODUCT, timeout_seconds)
         return answer.words[: rows * d_out].reshape(rows, d_out)
 
+    def line(self, weights: Sequence[PublicWeight], timeout_seconds: float) -> Line:
+        """Returns a line to lend one row for each of `weights`, in turn; it ends when anything else is asked of this."""
+        self._await_ready()
+        if self._line is None or self._line[0] is not weights:
+            self._line = weights, self._headers(weights)
+        headers = self._line[1]
+        widest, tallest = max(weight.shape[1] for weight in weights), max(weight.shape[0] for weight in weights)
+        request, answer = self._arenas_for(widest, tallest, timeout_seconds)
+        self._limit(timeout_seconds)
+        headers[:, :, _REQUEST] = np.arange(self._request + 1, self._request + 1 + len(headers))[:, None]
+        self._request += len(headers)
+        return Line(self._sock.fileno(), headers, request.words, answer.words, np.frombuffer(self._buffer, np.uint8))
+
+    def settle(self, line: Line, index: int, outcome: int) -> None:
+        """Raises the error behind the `outcome` of an exchange on a line; returns if a signal interrupted it, no more."""
+        self._request = int(line.headers[index, 0, _REQUEST])
+        if outcome <= UNSENT:
+            code = UNSENT - outcome
+            raise self._unsent(OSError(code, os.strerror(code)))
+        if outcome < 0 and outcome != -errno.EINTR:
+            raise self._unanswered(OSError(-outcome, os.strerror(-outcome)))
+        if not outcome:
+            raise self._fail(self._lost())
+        self._checked(outcome if outcome > 0 else self._wait(self._timeout), Kind.PRODUCT)
+        if not self._buffer.startswith(line.headers[index, 1].tobytes()):
+            raise self._odd_shape()
+
+    def _headers(self, weights: Sequence[PublicWeight]) -> Int64[np.ndarray, "weights 2 words"]:
+        pairs = []
+        for weight in weights:
+            if weight.weight_id not in self._weights:
+                raise AcceleratorProtocolError("A weight was not registered.", remedy="Register it first.")
+            index, d_in, d_out = self._weights[weight.weight_id]
+            pairs.append(encode_pair(0, index, 1, d_in, d_out))
+        headers = np.frombuffer(b"".join(header for pair in pairs for header in pair), np.int64)
+        return headers.reshape(len(pairs), 2, -1).copy()
+
     def multiply_pair(self, request: PairRequest, timeout_seconds: float) -> Int32[np.ndarray, "heads rows d_out"]:
         """Returns the unverified product of two blinded matrices, in memory that the worker can still write."""
         self._await_ready()
@@ -144,7 +190,10 @@ class SharedMemoryAccelerator:
         length = self._wait(timeout_seconds)
         if length != HEADER_BYTES or not self._buffer.startswith(expected):  # anything else is explained at leisure
             self._checked(length, kind)
-            raise self._fail(AcceleratorProtocolError(f"The worker {self.name} answered with another shape."))
+            raise self._odd_shape()
+
+    def _odd_shape(self) -> AcceleratorError:
+        return self._fail(AcceleratorProtocolError(f"The worker {self.name} answered with another shape."))
 
     def attach_ring(self, arena: Arena, rows: int) -> None:
         """Lets the worker's device serve a ring in `arena`, with steps over all weights registered so far.
@@ -242,12 +291,13 @@ class SharedMemoryAccelerator:
                 self._sock.send(header)
             else:
                 socket.send_fds(self._sock, [header], descriptors)
-        except BlockingIOError as error:
-            raise self._fail(
-                AcceleratorTimeoutError(f"The worker {self.name} does not read what it is sent.")
-            ) from error
         except OSError as error:
-            raise self._fail(self._lost()) from error
+            raise self._unsent(error) from error
+
+    def _unsent(self, error: OSError) -> AcceleratorError:
+        if isinstance(error, BlockingIOError):
+            return self._fail(AcceleratorTimeoutError(f"The worker {self.name} does not read what it is sent."))
+        return self._fail(self._lost())
 
     def _receive(self, kind: Kind, timeout_seconds: float) -> Frame:
         """Returns the answer to the last request, or closes this accelerator."""
@@ -269,26 +319,33 @@ class SharedMemoryAccelerator:
             raise self._fail(AcceleratorProtocolError(f"The worker {self.name} answered with {length} bytes."))
         return frame
 
-    def _wait(self, timeout_seconds: float) -> int:
-        if timeout_seconds != self._timeout:  # the kernel keeps the limit: one system call per answer, not two
+    def _limit(self, timeout_seconds: float) -> None:
+        """Sets how long an answer is waited for. The kernel keeps the limit: one system call per answer, not two."""
+        if timeout_seconds != self._timeout:
             whole = int(timeout_seconds)
             limit = struct.pack("ll", whole, int((timeout_seconds - whole) * 1e6) or (0 if whole else 1))
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
             self._timeout = timeout_seconds
+
+    def _wait(self, timeout_seconds: float) -> int:
+        self._limit(timeout_seconds)
         try:
             length = self._sock.recv_into(self._buffer)
-        except BlockingIOError as error:
-            raise self._fail(
-                AcceleratorTimeoutError(
-                    f"The worker {self.name} did not answer within {timeout_seconds:g} s.",
-                    remedy="Raise accelerator.timeout_seconds if the machine is merely slow.",
-                )
-            ) from error
         except OSError as error:
-            raise self._fail(self._lost()) from error
+            raise self._unanswered(error) from error
         if not length:
             raise self._fail(self._lost())
         return length
+
+    def _unanswered(self, error: OSError) -> AcceleratorError:
+        if isinstance(error, BlockingIOError):
+            return self._fail(
+                AcceleratorTimeoutError(
+                    f"The worker {self.name} did not answer within {self._timeout:g} s.",
+                    remedy="Raise accelerator.timeout_seconds if the machine is merely slow.",
+                )
+            )
+        return self._fail(self._lost())
 
     def _decoded(self, length: int, kinds: list[Kind]) -> Frame:
         try:

@@ -36,3 +36,22 @@ def compiled_float(function: Callable[..., object]) -> Callable[..., Any]:
 def float_of_bits(_context: Any, _bits: Any) -> Any:
     """In compiled code: returns the float32 with the given int32 bits, without a detour through memory."""
     return types.float32(types.int32), lambda _c, builder, _s, args: builder.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pointer_to(_context: Any, _address: Any) -> Any:
+    """In compiled code: returns an address, an integer, as the pointer that `numba.carray` makes an array of."""
+    return types.voidptr(types.intp), lambda _c, builder, _s, args: builder.inttoptr(
+        args[0], ir.IntType(8).as_pointer()
+    )
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fence(_context: Any) -> Any:
+    """In compiled code: no memory is read again for what was read before this, or ahead of it for what comes after."""
+
+    def emit(_c: Any, builder: Any, _s: Any, _args: Any) -> Any:
+        builder.fence("seq_cst")
+        return ir.Constant(ir.IntType(32), 0)
+
+    return types.int32(), emit

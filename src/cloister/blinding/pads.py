@@ -182,10 +182,45 @@ class Opening:
         )
         if bad != OK:
             u.fill(0)
-            raise VerificationError(
-                f"The accelerator's product for {linear.name} is wrong (row {bad}): the check refused it.",
-                remedy="It is quarantined: it is faulty or it cheats.",
-            )
+            raise wrong_product(linear.name, bad)
+
+
+class RowPads:
+    """One-time pads of one row for each of some linears, for compiled code that lends them in turn. Use them once."""
+
+    __slots__ = ("_addresses", "_rows", "_spent")
+
+    def __init__(self, rows: "list[tuple[np.ndarray, np.ndarray, int, int, int]]") -> None:
+        """`rows`: for each linear the arrays of `r` and `u`, which row of them, and the addresses of that row."""
+        self._rows = rows  # keeps the memory
+        self._addresses = np.array([(r, u) for _, _, _, r, u in rows], np.int64)
+        self._spent = False
+
+    def spend(self) -> "Int64[np.ndarray, 'linears 2']":
+        """Returns the addresses of each `r` and `u`; the pads are spent, whatever happens next. Keep this object until then.
+
+        Raises:
+            PadReuseError: they were used before.
+        """
+        if self._spent:
+            raise PadReuseError("Pads of a token were about to be used twice.", remedy="Take new ones for every pass.")
+        self._spent = True
+        return self._addresses
+
+    def clear(self) -> None:
+        """Zeroes what is left of the pads after a pass that failed."""
+        self._spent = True
+        for r, u, row, _, _ in self._rows:
+            r[row] = 0
+            u[row] = 0
+
+
+def wrong_product(name: str, row: int) -> VerificationError:
+    """Returns the error for an answer that did not pass the check, naming the layer."""
+    return VerificationError(
+        f"The accelerator's product for {name} is wrong (row {row}): the check refused it.",
+        remedy="It is quarantined: it is faulty or it cheats.",
+    )
 
 
 def non_finite(name: str, row: int) -> NonFiniteError:

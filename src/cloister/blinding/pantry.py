@@ -17,7 +17,7 @@ from jaxtyping import Int32
 
 from cloister.arith.team import Team
 from cloister.blinding.linear import LentLinear, Linear
-from cloister.blinding.pads import Pad, PadSource
+from cloister.blinding.pads import Pad, PadSource, RowPads
 from cloister.errors import PantryEmptyError
 
 Progress = Callable[[int, int], None]
@@ -45,26 +45,27 @@ class _Shelf:
     __slots__ = ("blocks", "next_row", "retired", "rows")
 
     def __init__(self) -> None:
-        self.blocks: deque[Block] = deque()
+        self.blocks: deque[tuple[np.ndarray, np.ndarray, int, int]] = deque()  # r, u and their addresses
         self.retired: deque[Block] = deque()
         self.next_row = 0  # first unused row of the oldest block
         self.rows = 0
 
     def add(self, block: Block) -> None:
-        self.blocks.append(block)
-        self.rows += block[0].shape[0]
+        r, u = block
+        self.blocks.append((r, u, r.ctypes.data, u.ctypes.data))
+        self.rows += r.shape[0]
 
     def take(self, count: int) -> Block:
         pieces = []
         wanted = count
         while wanted:
-            r, u = self.blocks[0]
+            r, u, _, _ = self.blocks[0]
             stop = min(r.shape[0], self.next_row + wanted)
             pieces.append((r[self.next_row : stop], u[self.next_row : stop]))
             wanted -= stop - self.next_row
             self.next_row = stop
             if stop == r.shape[0]:
-                self.retired.append(self.blocks.popleft())
+                self.retired.append(self.blocks.popleft()[:2])
                 self.next_row = 0
         self.rows -= count
         if len(pieces) == 1:
@@ -74,6 +75,17 @@ class _Shelf:
             r.fill(0)
             u.fill(0)
         return joined
+
+    def take_row(self) -> tuple[np.ndarray, np.ndarray, int, int, int]:
+        """Returns a row for `RowPads`, if there is one: without views, which cost more than all else here."""
+        r, u, r_address, u_address = self.blocks[0]
+        row = self.next_row
+        self.next_row += 1
+        self.rows -= 1
+        if self.next_row == len(r):
+            self.retired.append(self.blocks.popleft()[:2])
+            self.next_row = 0
+        return r, u, row, r_address + row * r.strides[0], u_address + row * u.strides[0]
 
     def recycle(self, rows: int) -> Block | None:
         """Returns the memory of a used-up block of `rows` rows, or None.
@@ -137,6 +149,14 @@ class Pantry:
                     remedy="Raise blinding.pantry_bytes, or set blinding.when_empty to wait, refill or enclave.",
                 )
             return Pad(self._linears[index], *shelf.take(tokens))
+
+    def take_rows(self, indices: Sequence[int]) -> RowPads | None:
+        """Returns stocked pads of one row for each of some linears; None if one of them has none left."""
+        with self._changed:
+            shelves = [self._shelves[index] for index in indices]
+            if not all(shelf.rows for shelf in shelves):
+                return None
+            return RowPads([shelf.take_row() for shelf in shelves])
 
     def make(self, index: int, tokens: int) -> Pad:
         """Returns a fresh pad for `tokens` rows of linear `index`, made now.

@@ -15,10 +15,13 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from cloister.blinding.linear import Linear
+from cloister.blinding.linear import LentLinear, Linear
+from cloister.enclave.crossing import Desk
+from cloister.enclave.decode import DecodeStep
 from cloister.enclave.kernels import add_rms_norm, rms_norm, rotate_and_store, swiglu
 from cloister.enclave.kernels import attention as fused_attention
 from cloister.enclave.kvcache import CachedSequence, PagedKVCache
+from cloister.enclave.outsource import LentStep
 from cloister.enclave.prepare import LINEARS_PER_LAYER, EnclaveModel
 from cloister.errors import SettingsError
 from cloister.model.rope import RotaryEmbedding
@@ -45,6 +48,24 @@ class LinearGate(Protocol):
         lend: bool = True,
     ) -> None:
         """Fills `out` with linear `index` of `x`."""
+        ...
+
+
+@runtime_checkable
+class StepGate(LinearGate, Protocol):
+    """A gate that can lend a whole decode step to compiled code: that of `enclave.outsource`."""
+
+    @property
+    def step_linears(self) -> Sequence[LentLinear]:
+        """The linears of such a step; none if it cannot be lent whole."""
+        ...
+
+    def lend_step(self) -> LentStep | None:
+        """Returns what a step needs; None if it cannot be lent now."""
+        ...
+
+    def settle_step(self, step: LentStep, crossings: int, desk: Desk) -> None:
+        """Takes note of a step, whether it succeeded or not."""
         ...
 
 
@@ -97,6 +118,7 @@ class Forward:
         self._attention: Attention = fused_attention if attention is None else attention
         self._norms = _head_norms(model)
         self._epsilon = np.float32(model.spec.norm_epsilon)
+        self._lent = self._lendable()
 
     @property
     def model(self) -> EnclaveModel:
@@ -135,6 +157,7 @@ class Forward:
         """
         self._cache.truncate(self._sequence, 0)
         self._model, self._gate, self._norms = model, gate, _head_norms(model)
+        self._lent = self._lendable()
 
     def piece_tokens(self, most: int) -> int:
         """Returns how many tokens of a prompt a pass takes: `most`, or with `shape_hiding` whole buckets, so that prompts of one
@@ -181,6 +204,11 @@ class Forward:
         lend = gate.lends(rows)
         x = np.zeros((rows, spec.hidden_size), np.float32)
         x[:real] = model.embedding.rows(tokens)
+        length = first + real
+        rotary = np.stack(self._rotary.at(np.arange(first, length, dtype=np.int64), max(length, sequence_length)))
+        where = self._where(self._sequence, first)
+        if rows == 1 and self._lent is not None and (logits := self._lend(*self._lent, x, rotary, where)) is not None:
+            return logits
         normed = np.empty_like(x)
         delta = np.empty_like(x)
         mixed = np.zeros((rows, spec.heads * spec.head_dim), np.float32)
@@ -188,9 +216,6 @@ class Forward:
         gate_up = np.empty((rows, 2 * spec.ffn_size), np.float32)
         activated = np.empty((rows, spec.ffn_size), np.float32)
         query = np.empty((real, spec.heads, spec.head_dim), np.float32)
-        length = first + real
-        rotary = np.stack(self._rotary.at(np.arange(first, length, dtype=np.int64), max(length, sequence_length)))
-        where = self._where(self._sequence, first)
         scores = np.empty((spec.heads // spec.kv_heads, length), np.float32)
 
         rms_norm(x, model.layers[0].attention_norm, self._epsilon, normed)
@@ -213,6 +238,29 @@ class Forward:
         logits = np.empty((kept.shape[0], spec.vocab_size), np.float32)
         gate.linear(len(gate.linears) - 1, kept, logits, lend)
         return logits
+
+    def _lendable(self) -> tuple[StepGate, DecodeStep] | None:
+        """Returns what lends whole decode steps, if this model, gate and attention let it."""
+        gate = self._gate
+        if self._attention is not fused_attention or not isinstance(gate, StepGate) or not gate.step_linears:
+            return None
+        return gate, DecodeStep(self._model, gate.step_linears, self._cache)
+
+    def _lend(
+        self,
+        gate: StepGate,
+        step: DecodeStep,
+        x: Float32[np.ndarray, "1 hidden"],
+        rotary: Float32[np.ndarray, "2 1 half"],
+        where: Int32[np.ndarray, " n"],
+    ) -> Float32[np.ndarray, "1 vocab"] | None:
+        """Returns the logits after one row that was lent whole; None: nothing came of it, compute it otherwise."""
+        lent = gate.lend_step()
+        if lent is None:
+            return None
+        crossings, logits = step.run(x, rotary, where, lent.pads.spend(), lent.line)
+        gate.settle_step(lent, crossings, step.desk)
+        return logits if crossings == len(gate.linears) else None
 
     def _padded(self, rows: int, in_prompt: bool) -> int:
         """Returns how many rows the accelerator sees for `rows` real ones (zero rows, blinded like any other).

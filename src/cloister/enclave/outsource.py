@@ -2,7 +2,8 @@
 
 Covers: every linear layer of the model, one product at a time: take a pad, blind, lend, check, recover; what happens
 when the pantry is empty and when an accelerator fails; the crossing itself of products of two secrets, whose pads
-and checks are `enclave.masked_attention`'s.
+and checks are `enclave.masked_attention`'s. A decode step may be lent whole (`lend_step`): compiled code then does the same
+for every row in turn (`enclave.crossing`).
 Guarantees: only `Blinded` rows and public weights reach an accelerator. Every attempt uses a fresh pad. An answer is
 copied into the enclave before it is checked, and nothing computed from it is used unless the check passed. After its
 first failure an accelerator is quarantined: it gets no more work. The numbers are the same, bit for bit, whichever
@@ -15,19 +16,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from cloister.accelerator.api import Accelerator, PairAccelerator
+from cloister.accelerator.api import Accelerator, LineAccelerator, PairAccelerator
 from cloister.arith.team import Team
 from cloister.blinding.linear import LentLinear, Linear
 from cloister.blinding.mill import Mill
-from cloister.blinding.pads import Pad
+from cloister.blinding.pads import Pad, RowPads, non_finite, wrong_product
 from cloister.blinding.pantry import Pantry
+from cloister.enclave.crossing import Desk, Trouble
 from cloister.enclave.schedule import Schedule
 from cloister.errors import AcceleratorError, BlindingError, PantryEmptyError
 from cloister.settings import AcceleratorSettings, OnFailure, Prefill, Settings, WhenEmpty
+from cloister.wire.exchange import Line
 from cloister.wire.messages import check_product
 from cloister.wire.pairs import MAX_OPERANDS, PairRequest, check_pair_answer
 
@@ -70,6 +74,14 @@ class GateCounters:
     incidents: list[Incident] = field(default_factory=list)
 
 
+class LentStep(NamedTuple):
+    """What compiled code needs to lend one row of every linear in turn."""
+
+    accelerator: LineAccelerator
+    line: Line
+    pads: RowPads
+
+
 class Roster:
     """The accelerators that are still trusted with work, in order of use: one list for everything that lends to them."""
 
@@ -85,12 +97,17 @@ class Roster:
         self._on_failure = settings.on_failure
         self._on_incident = on_incident
         self._pairs: list[Holder] = [one for one in accelerators if isinstance(one, PairAccelerator)]
+        self._lines: list[LineAccelerator] = [one for one in accelerators if isinstance(one, LineAccelerator)]
         self._operands = 0  # numbers that were ever given out
         self._released: list[int] = []
 
     def pair_accelerator(self) -> Holder | None:
         """Returns the first that multiplies two blinded matrices, if any does."""
         return next((one for one in self._pairs if one in self.healthy), None)
+
+    def line_accelerator(self) -> LineAccelerator | None:
+        """Returns the one whose turn it is, if compiled code can lend to it."""
+        return next((one for one in self._lines if one is self.healthy[0]), None) if self.healthy else None
 
     def new_operands(self, count: int) -> list[int] | None:
         """Returns numbers for kept operands that nothing else of this roster uses; None if too few are left."""
@@ -163,6 +180,8 @@ class Gate:
         self._settings = settings
         self._team = team
         self._weights = [linear.weight if isinstance(linear, LentLinear) else None for linear in self.linears]
+        self._public = [linear for linear in self.linears if isinstance(linear, LentLinear)]
+        self._line_weights = [linear.weight for linear in self._public]
         self._may = (schedule or Schedule.everything(self.linears)).allowed(self.linears)
         self._scratch = np.empty(0, np.int32)
         self._timeout = settings.accelerator.timeout_seconds
@@ -180,6 +199,58 @@ class Gate:
         if tokens == 1 or prefill is Prefill.BLINDED:
             return True
         return prefill is Prefill.AUTO and self._pantry.level_tokens >= tokens
+
+    @property
+    def step_linears(self) -> Sequence[LentLinear]:
+        """Every linear, if all of them may be lent when there is one row; else none."""
+        return self._public if all(self._may[False]) else ()
+
+    def lend_step(self) -> LentStep | None:
+        """Returns what it takes to lend one row of every linear of `step_linears` in turn; None if that cannot be done now.
+
+        Raises:
+            AcceleratorError: the accelerator failed and the settings say to stop.
+        """
+        accelerator = self.roster.line_accelerator()
+        if accelerator is None or not self.step_linears:
+            return None
+        pads = self._pantry.take_rows(range(len(self.linears)))
+        if pads is None:
+            return None
+        try:
+            return LentStep(accelerator, accelerator.line(self._line_weights, self._timeout), pads)
+        except AcceleratorError as error:
+            pads.clear()
+            self.roster.quarantine(accelerator, self.linears[0].name, error)
+            return None
+
+    def settle_step(self, step: LentStep, crossings: int, desk: Desk) -> None:
+        """Counts the crossings of a step that succeeded, and deals with what stopped it if those are not all.
+
+        Raises:
+            AcceleratorError: the accelerator failed and the settings say to stop.
+            NonFiniteError: a row held NaN or infinity.
+        """
+        counters, done = self.counters, self._public[:crossings]
+        counters.products += crossings
+        counters.rows += crossings
+        counters.bytes_sent += 4 * sum(linear.d_in for linear in done)
+        counters.bytes_received += 4 * sum(linear.weight.shape[0] for linear in done)
+        counters.blind_seconds += float(desk.seconds[0])
+        counters.lent_seconds += float(desk.seconds[1])
+        counters.recover_seconds += float(desk.seconds[2])
+        if crossings == len(self.linears):
+            return
+        step.pads.clear()
+        name, (trouble, outcome) = self.linears[crossings].name, desk.trouble.tolist()
+        if trouble == Trouble.NON_FINITE:
+            raise non_finite(name, 0)
+        try:
+            if trouble == Trouble.WRONG:
+                raise wrong_product(name, 0)
+            step.accelerator.settle(step.line, crossings, outcome)
+        except AcceleratorError as error:
+            self.roster.quarantine(step.accelerator, name, error)
 
     def linear(
         self,

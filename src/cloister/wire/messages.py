@@ -5,7 +5,8 @@ Does not cover: how they are encoded (`wire.codec`), how rows are blinded (`blin
 request for a product of two blinded matrices says (`wire.pairs`).
 
 `Blinded` is the gate of the whole product: an accelerator accepts nothing else, and only `blinding.pads` and
-`blinding.bilinear` (which blind) and the codec (which decodes, on the accelerator's side) can make one.
+`blinding.bilinear` (which blind) and the codec (which decodes, on the accelerator's side) can make one. Compiled code has no
+such type: `enclave.crossing` alone writes rows to a `wire.exchange.Line`, those that its kernel has just blinded.
 """
 
 import hashlib
