@@ -32,7 +32,7 @@ def test_only_the_pads_and_the_codec_can_make_blinded_rows() -> None:
 
 
 def test_only_a_crossing_sends_rows_from_compiled_code() -> None:
-    assert users_of("exchange") == {"enclave/crossing.py"}
+    assert users_of("lend_row") == {"enclave/crossing.py"}
 
 
 def test_only_the_gate_calls_an_accelerator_from_the_enclave() -> None:

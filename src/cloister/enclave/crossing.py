@@ -20,7 +20,7 @@ from numba import carray, types
 from cloister.arith.jit import compiled, fence, pointer_to
 from cloister.blinding.kernels import OK, blind, open_product
 from cloister.blinding.linear import LentLinear
-from cloister.wire.exchange import ANSWERED, exchange
+from cloister.wire.exchange import ANSWERED, lend_row
 
 
 class Trouble(IntEnum):
@@ -119,7 +119,7 @@ def cross(table, pads, line, desk, index, x, out):  # type: ignore[no-untyped-de
     line.request[:d_in] = blinded[0]
     sent = _now(time)
     desk.seconds[0] += sent - started
-    outcome = exchange(line, index)
+    outcome = lend_row(line, index)
     answered = _now(time)
     desk.seconds[1] += answered - sent
     if outcome != ANSWERED:

@@ -13,7 +13,7 @@ from cloister.arith.jit import compiled, pointer_to
 from cloister.wire.codec import HEADER_BYTES
 
 ANSWERED: Final = -(2**31)
-"""What `exchange` returns when the expected header came back; else the length of what came, or minus the error number."""
+"""What `lend_row` returns when the expected header came back; else the length of what came, or minus the error number."""
 
 UNSENT: Final = -(2**16)
 """What is added to the error number of a request that could not even be sent."""
@@ -40,7 +40,7 @@ class Line(NamedTuple):
 
 
 @compiled
-def exchange(line, index):  # type: ignore[no-untyped-def]
+def lend_row(line, index):  # type: ignore[no-untyped-def]
     """Sends request `index` and waits for what comes next; returns ANSWERED, or see there. Interrupted by a signal: -EINTR."""
     header = line.headers[index]
     while _send(line.fd, header.ctypes.data, HEADER_BYTES, _MSG_NOSIGNAL) < 0:
