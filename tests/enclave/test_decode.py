@@ -264,7 +264,7 @@ def test_a_worker_that_misbehaves_is_given_up(
     act: str, reason: str, open_session: Callable[..., Session], expected: list[np.ndarray]
 ) -> None:
     def misbehave(out: np.ndarray) -> None:
-        header = bytearray(session.worker._line[1][4, 1].tobytes())  # type: ignore[index]
+        header = bytearray(session.worker._line.headers[4, 1].tobytes())  # type: ignore[union-attr]
         if act == "hang up":
             session.theirs.shutdown(socket.SHUT_RDWR)
         elif act == "dawdle":

@@ -12,6 +12,7 @@ import socket
 import struct
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -56,6 +57,16 @@ _REQUEST: Final = 1
 """Which 8 bytes of a header number the request."""
 
 
+@dataclass(frozen=True)
+class _Headers:
+    """The headers of a line, all but the numbers of its requests, and its longest row and product."""
+
+    weights: Sequence[PublicWeight]
+    headers: Int64[np.ndarray, "weights 2 words"]
+    d_in: int
+    d_out: int
+
+
 class SharedMemoryAccelerator:
     """A worker process on this host."""
 
@@ -74,7 +85,7 @@ class SharedMemoryAccelerator:
         self._arenas: tuple[Arena, Arena] | None = None
         self._buffer = bytearray(HEADER_BYTES + MAX_ERROR_BYTES + 1)
         self._timeout = -1.0
-        self._line: tuple[Sequence[PublicWeight], Int64[np.ndarray, "weights 2 words"]] | None = None
+        self._line: _Headers | None = None
 
     @staticmethod
     def start(label: str = "worker", backend: Backend = Backend.AUTO, threads: int = 0) -> "SharedMemoryAccelerator":
@@ -130,14 +141,13 @@ class SharedMemoryAccelerator:
     def line(self, weights: Sequence[PublicWeight], timeout_seconds: float) -> Line:
         """Returns a line to lend one row for each of `weights`, in turn; it ends when anything else is asked of this."""
         self._await_ready()
-        if self._line is None or self._line[0] is not weights:
-            self._line = weights, self._headers(weights)
-        headers = self._line[1]
-        widest, tallest = max(weight.shape[1] for weight in weights), max(weight.shape[0] for weight in weights)
-        request, answer = self._arenas_for(widest, tallest, timeout_seconds)
+        if self._line is None or self._line.weights is not weights:
+            self._line = self._headers_for(weights)
+        headers, count = self._line.headers, len(weights)
+        request, answer = self._arenas_for(self._line.d_in, self._line.d_out, timeout_seconds)
         self._limit(timeout_seconds)
-        headers[:, :, _REQUEST] = np.arange(self._request + 1, self._request + 1 + len(headers))[:, None]
-        self._request += len(headers)
+        headers[:, :, _REQUEST] = np.arange(self._request + 1, self._request + 1 + count)[:, None]
+        self._request += count
         return Line(self._sock.fileno(), headers, request.words, answer.words, np.frombuffer(self._buffer, np.uint8))
 
     def settle(self, line: Line, index: int, outcome: int) -> None:
@@ -154,15 +164,21 @@ class SharedMemoryAccelerator:
         if not self._buffer.startswith(line.headers[index, 1].tobytes()):
             raise self._odd_shape()
 
-    def _headers(self, weights: Sequence[PublicWeight]) -> Int64[np.ndarray, "weights 2 words"]:
-        pairs = []
+    def _headers_for(self, weights: Sequence[PublicWeight]) -> "_Headers":
+        pairs: list[tuple[bytes, bytes]] = []
         for weight in weights:
             if weight.weight_id not in self._weights:
                 raise AcceleratorProtocolError("A weight was not registered.", remedy="Register it first.")
             index, d_in, d_out = self._weights[weight.weight_id]
             pairs.append(encode_pair(0, index, 1, d_in, d_out))
-        headers = np.frombuffer(b"".join(header for pair in pairs for header in pair), np.int64)
-        return headers.reshape(len(pairs), 2, -1).copy()
+        headers = np.frombuffer(bytearray().join(header for pair in pairs for header in pair), np.int64)
+        shapes = [weight.shape for weight in weights]
+        return _Headers(
+            weights,
+            headers.reshape(len(pairs), 2, -1),
+            max(d_in for _, d_in in shapes),
+            max(d_out for d_out, _ in shapes),
+        )
 
     def multiply_pair(self, request: PairRequest, timeout_seconds: float) -> Int32[np.ndarray, "heads rows d_out"]:
         """Returns the unverified product of two blinded matrices, in memory that the worker can still write."""

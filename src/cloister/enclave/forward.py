@@ -55,10 +55,8 @@ class LinearGate(Protocol):
 class StepGate(LinearGate, Protocol):
     """A gate that can lend a whole decode step to compiled code: that of `enclave.outsource`."""
 
-    @property
-    def step_linears(self) -> Sequence[LentLinear]:
-        """The linears of such a step; none if it cannot be lent whole."""
-        ...
+    step_linears: Sequence[LentLinear]
+    """The linears of such a step; none if it cannot be lent whole."""
 
     def lend_step(self) -> LentStep | None:
         """Returns what a step needs; None if it cannot be lent now."""

@@ -180,9 +180,13 @@ class Gate:
         self._settings = settings
         self._team = team
         self._weights = [linear.weight if isinstance(linear, LentLinear) else None for linear in self.linears]
-        self._public = [linear for linear in self.linears if isinstance(linear, LentLinear)]
-        self._line_weights = [linear.weight for linear in self._public]
         self._may = (schedule or Schedule.everything(self.linears)).allowed(self.linears)
+        public = [linear for linear in self.linears if isinstance(linear, LentLinear)]
+        self.step_linears = public if all(self._may[False]) else []
+        """Every linear, if all of them may be lent when there is one row; else none."""
+        self._step_weights = [linear.weight for linear in self.step_linears]
+        shapes = [(linear.d_in, linear.weight.shape[0]) for linear in self.step_linears]
+        self._step_bytes = 4 * np.cumsum([(0, 0), *shapes], axis=0)
         self._scratch = np.empty(0, np.int32)
         self._timeout = settings.accelerator.timeout_seconds
 
@@ -200,11 +204,6 @@ class Gate:
             return True
         return prefill is Prefill.AUTO and self._pantry.level_tokens >= tokens
 
-    @property
-    def step_linears(self) -> Sequence[LentLinear]:
-        """Every linear, if all of them may be lent when there is one row; else none."""
-        return self._public if all(self._may[False]) else ()
-
     def lend_step(self) -> LentStep | None:
         """Returns what it takes to lend one row of every linear of `step_linears` in turn; None if that cannot be done now.
 
@@ -218,7 +217,7 @@ class Gate:
         if pads is None:
             return None
         try:
-            return LentStep(accelerator, accelerator.line(self._line_weights, self._timeout), pads)
+            return LentStep(accelerator, accelerator.line(self._step_weights, self._timeout), pads)
         except AcceleratorError as error:
             pads.clear()
             self.roster.quarantine(accelerator, self.linears[0].name, error)
@@ -231,11 +230,11 @@ class Gate:
             AcceleratorError: the accelerator failed and the settings say to stop.
             NonFiniteError: a row held NaN or infinity.
         """
-        counters, done = self.counters, self._public[:crossings]
+        counters, (sent, received) = self.counters, self._step_bytes[crossings].tolist()
         counters.products += crossings
         counters.rows += crossings
-        counters.bytes_sent += 4 * sum(linear.d_in for linear in done)
-        counters.bytes_received += 4 * sum(linear.weight.shape[0] for linear in done)
+        counters.bytes_sent += sent
+        counters.bytes_received += received
         counters.blind_seconds += float(desk.seconds[0])
         counters.lent_seconds += float(desk.seconds[1])
         counters.recover_seconds += float(desk.seconds[2])
