@@ -30,9 +30,9 @@ def add_products_512(weight, planes, out, rows, columns, plain):  # type: ignore
     d_in, plane, tokens = weight.shape[1], planes.shape[2], planes.shape[0]
     steps, rest = (columns[1] - columns[0]) // 64, (columns[1] - columns[0]) % 64
     w, x = weight.ctypes.data + columns[0], planes.ctypes.data + columns[0]
-    sums, more, base = np.zeros(24, np.int32), np.zeros(24, np.int32), np.zeros(6, np.int32)
-    tail = np.zeros((6, 64), np.int8)
-    s, narrow = sums.ctypes.data, plain and out.shape[0] == 1
+    sums, more, base = np.zeros((tokens, 24), np.int32), np.zeros(24, np.int32), np.zeros(6, np.int32)
+    tail, values = np.zeros((6, 64), np.int8), np.zeros(6 * tokens, np.int32)
+    narrow = plain and out.shape[0] == 1
     whole = rows[0] + (rows[1] - rows[0]) // 6 * 6
     for j in range(rows[0], whole, 6):
         here, fetched = w + j * d_in, 0
@@ -41,28 +41,28 @@ def add_products_512(weight, planes, out, rows, columns, plain):  # type: ignore
         for t in range(tokens):
             x_t, due, fetch = x + t * 4 * plane, 6 * (t + 1) // tokens, here + (6 + fetched) * d_in
             if narrow:
-                _block_6x2_512(here, d_in, x_t, plane, steps, fetch, s)
-                _spread(sums)
+                _block_6x2_512(here, d_in, x_t, plane, steps, fetch, sums[t].ctypes.data)
+                _spread(sums[t])
             else:
-                _six_rows_512(here, d_in, x_t, plane, steps, fetch, due - fetched, s)
+                _six_rows_512(here, d_in, x_t, plane, steps, fetch, due - fetched, sums[t].ctypes.data)
             fetched = due
             if rest:
                 _block_6x4_512(tail.ctypes.data, 64, x_t + 64 * steps, plane, 1, 0, more.ctypes.data)
-                sums += more
+                sums[t] += more
             if plain:
-                _settle_plain(sums, base, out, (j, 6), t, columns[0] > 0)
-            else:
-                _settle_six(sums, out, j, t, columns[0] > 0)
+                _settle_plain(sums[t], base, out, (j, 6), t, columns[0] > 0)
+        if not plain:
+            _settle_six(sums.reshape(-1), values, out, j, columns[0] > 0)
     for j in range(whole, rows[1]):
         if rest:
             _copy_tail(weight, tail, j, 1, columns[1] - rest)
         for t in range(tokens):
             x_t = x + t * 4 * plane
-            _block_1x4_512(w + j * d_in, d_in, x_t, plane, steps, 0, s)
+            _block_1x4_512(w + j * d_in, d_in, x_t, plane, steps, 0, sums[t].ctypes.data)
             if rest:
                 _block_1x4_512(tail.ctypes.data, 64, x_t + 64 * steps, plane, 1, 0, more.ctypes.data)
-                sums[:4] += more[:4]
-            _settle(sums, base, out, (j, 1), t, columns[0] > 0, plain)
+                sums[t, :4] += more[:4]
+            _settle(sums[t], base, out, (j, 1), t, columns[0] > 0, plain)
 
 
 @compiled
@@ -140,13 +140,19 @@ def _spread(sums):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _settle_six(sums, out, j, t, add):  # type: ignore[no-untyped-def]
-    """Turns the digit sums of one token with six weight rows into elements; six is written out so that it unrolls."""
-    for i in range(6):
-        value = _recombine(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3])
-        if add:
-            value = _centred(value + np.int64(out[t, j + i]))
-        out[t, j + i] = value
+def _settle_six(sums, values, out, j, add):  # type: ignore[no-untyped-def]
+    """Turns the digit sums of all tokens with six weight rows into elements: many tokens in one loop, which vectorises."""
+    if out.shape[0] == 1:
+        for i in range(6):  # a fixed number of turns unrolls
+            value = _recombine(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3])
+            out[0, j + i] = _centred(value + np.int64(out[0, j + i])) if add else value
+        return
+    for k in range(values.shape[0]):
+        values[k] = _recombine(sums[4 * k], sums[4 * k + 1], sums[4 * k + 2], sums[4 * k + 3])
+    for t in range(out.shape[0]):
+        for i in range(6):
+            value = np.int64(values[6 * t + i])
+            out[t, j + i] = _centred(value + np.int64(out[t, j + i])) if add else value
 
 
 @compiled
