@@ -15,7 +15,7 @@ from cloister.blinding import field, pads
 from cloister.blinding import pantry as pantry_module
 from cloister.blinding.kernels import field_elements
 from cloister.blinding.linear import LentLinear
-from cloister.blinding.mill import Mill
+from cloister.blinding.mill import BATCH_TOKENS, Mill
 from cloister.blinding.pads import PadSource, _redraw
 from cloister.blinding.pantry import Pantry
 from cloister.errors import BlindingError, PadReuseError, PantryEmptyError
@@ -160,7 +160,9 @@ def test_the_mill_fills_the_pantry_when_idle_and_for_a_waiter(linears: list[Lent
         assert all(pantry.wait_for(index, 100, 30.0) for index in range(3))
         with mill.paused():
             pantry.take(0, 100)
-            assert not pantry.wait_for(0, 1, 0.3)  # still while the engine works
+            assert not pantry.wait_for(
+                0, BATCH_TOKENS + 1, 0.3
+            )  # still while the engine works, but for a batch in hand
             assert mill.wait_for(0, 50, 30.0)  # unless it waits for pads
         assert pantry.wait_for(0, 100, 30.0)  # and again when idle
     finally:
