@@ -99,7 +99,7 @@ def test_the_gateway_is_measured_both_ways_with_the_same_request(candidates: Pat
         {json.dumps(body.get("messages") or body.get("prompt_embeds") or body["prompt"]) for body in sent}
     ) == len(sent)
     assert all(body["max_tokens"] == 5 and body["temperature"] == 0 and body["ignore_eos"] for body in sent)
-    assert gateway.record(rows, {}).facts["load average of the machine"] >= 0
+    assert "load average of the machine" in gateway.record(rows, {}).facts
 
 
 def test_every_way_follows_every_other() -> None:

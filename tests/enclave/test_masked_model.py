@@ -92,7 +92,7 @@ def test_whoever_cheats_at_one_gets_no_work_at_the_other(
 ) -> None:
     """A layer has four linears and two products of attention: call 40 is of A V, call 41 of the output projection."""
     setup = Setup(model, Tamper(InProcessAccelerator(), "one element off by one", at_call=at_call), linears=True)
-    assert setup.greedy(tokens) == expected
+    assert setup.greedy(tokens, 8) == expected[:8]
     (incident,) = setup.gate.counters.incidents
     assert ("attention" in incident.linear) == (at_call == 40)
     assert not setup.gate.accelerators

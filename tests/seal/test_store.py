@@ -86,19 +86,26 @@ from cloister.seal.broker import Broker
 from cloister.seal.release import ReleaseRequest
 from cloister.seal.store import Store
 import msgspec
-folder, request, installation, kill_at = sys.argv[1:]
-brokers.INSTALLATION = Installation.decode(Path(installation).read_bytes())
-store = Store.open(Path(folder))
-count = 0
-def step(statement):
-    global count
-    count += 1
-    if count == int(kill_at):
-        os.kill(os.getpid(), signal.SIGKILL)
-store.database.set_trace_callback(step)
-released = Broker(store, brokers.read_policy).release(msgspec.json.decode(Path(request).read_bytes(), type=ReleaseRequest))
-step("before the answer is sent")
-sys.stdout.buffer.write(released.sealed)
+folder, request, installation, answer = (Path(argument) for argument in sys.argv[1:])
+brokers.INSTALLATION = Installation.decode(installation.read_bytes())
+def serve(kill_at):
+    store = Store.open(folder)
+    count = 0
+    def step(statement):
+        nonlocal count
+        count += 1
+        if count == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    store.database.set_trace_callback(step)
+    released = Broker(store, brokers.read_policy).release(msgspec.json.decode(request.read_bytes(), type=ReleaseRequest))
+    step("before the answer is sent")
+    answer.write_bytes(released.sealed)
+for line in sys.stdin:  # a broker of its own for each line: imports are paid once
+    child = os.fork()
+    if child == 0:
+        serve(int(line))
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -110,21 +117,27 @@ def test_killed_at_any_point_nothing_is_lost_and_nothing_is_issued_twice(
     (tmp_path / "installation").write_bytes(INSTALLATION.encode())
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
     store.allow("demo", MEASUREMENT.hex(), NOW, min_version=1, uses=100)
-    for killed in itertools.count(1):
-        asked, keys = request(broker, sealed)
-        (tmp_path / "request").write_bytes(msgspec.json.encode(asked))
-        command = [sys.executable, "-c", KILLED, str(tmp_path / "broker"), str(tmp_path / "request")]
-        done = subprocess.run(
-            [*command, str(tmp_path / "installation"), str(killed)], capture_output=True, env=environment, check=False
-        )
-        again = broker.release(asked)  # by a broker that was started afresh, or another on the same store
-        assert keys.open(again.sealed, asked.info()) == sealed.key
-        assert len(events(store, "release")) == killed
-        (grant,) = store.grants("demo")
-        assert grant.uses == 100 - killed
-        if done.returncode == 0:
-            assert done.stdout == again.sealed
-            break
-        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-        assert done.stdout == b""
+    answer = tmp_path / "answer"
+    paths = [tmp_path / "broker", tmp_path / "request", tmp_path / "installation", answer]
+    command = [sys.executable, "-c", KILLED, *map(str, paths)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as brokers:
+        assert brokers.stdin is not None
+        assert brokers.stdout is not None
+        for killed in itertools.count(1):
+            asked, keys = request(broker, sealed)
+            (tmp_path / "request").write_bytes(msgspec.json.encode(asked))
+            print(killed, file=brokers.stdin, flush=True)
+            ended = int(brokers.stdout.readline())
+            again = broker.release(asked)  # by a broker that was started afresh, or another on the same store
+            assert keys.open(again.sealed, asked.info()) == sealed.key
+            assert len(events(store, "release")) == killed
+            (grant,) = store.grants("demo")
+            assert grant.uses == 100 - killed
+            if ended == 0:
+                assert answer.read_bytes() == again.sealed
+                break
+            assert ended == -signal.SIGKILL
+            assert not answer.exists()
     assert killed > 8  # every statement of the transaction had its turn
