@@ -159,7 +159,7 @@ def test_a_damaged_installation_is_refused_and_not_replaced(tmp_path: Path) -> N
         with pytest.raises(AttesterError, match="damaged"):
             Installation.open(path, NOW)
         assert path.read_bytes() == damaged
-    with pytest.raises(AttesterError, match="another folder"):
+    with pytest.raises(AttesterError, match="XDG_DATA_HOME"):
         Installation.open(path / "below a file", NOW)
 
 

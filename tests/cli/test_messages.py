@@ -11,8 +11,11 @@ from cloister.assets import demo_model
 from cloister.bench.record import Record
 from cloister.cli.bench import _publish, _shape, _writable
 from cloister.cli.receipts import tell
-from cloister.errors import BrokerError, SettingsError
+from cloister.errors import AttesterError, BrokerError, SealingKeyError, SettingsError
+from cloister.local.broker_link import owner_folder, stand_in_file
 from cloister.local.confined import write_policy
+from cloister.privacy.candidate_file import check_place
+from cloister.seal.signing import write_private
 from cloister.seal.store import Store
 
 
@@ -73,6 +76,12 @@ def test_a_full_disk_leaves_no_half_of_a_picture(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_picture_in_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    done = run("plan", "demo", "--no-calibrate", "--picture", str(tmp_path / "none" / "plan.svg"), code=1)
+    assert "Cannot write" in done.stderr
+    assert "another folder" in done.stderr
+
+
 def test_control_c_while_the_program_is_loaded_is_quiet(tmp_path: Path) -> None:
     (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")  # as if it came at this very moment
     done = subprocess.run(
@@ -109,3 +118,31 @@ def test_half_a_record_is_not_left(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         record.write(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_written_is_said_before_and_not_after_minutes_of_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "file" / "candidates"):
+        done = run("candidates", "build", "demo", "--out", str(place), code=1)
+        assert f"Cannot write {place}" in done.stderr
+        assert "embeddings" not in done.stderr
+    check_place(tmp_path / "new" / "candidates")
+    check_place(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_keys_that_cannot_be_kept_name_what_moves_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "file"))
+    for refused, kind in (
+        (lambda: write_private(owner_folder() / "key", b"x"), SealingKeyError),
+        (stand_in_file, AttesterError),
+    ):
+        with pytest.raises(kind) as raised:
+            refused()
+        assert "XDG_DATA_HOME" in raised.value.remedy
+
+
+def test_both_models_of_a_slice_may_be_the_shipped_one(tmp_path: Path) -> None:
+    done = run("slice", "demo", "demo", "--out", str(tmp_path / "slices"), "--windows", "0", code=1)
+    assert "There is nothing to slice" in done.stderr

@@ -76,7 +76,8 @@ class Installation:
             return Installation.decode(path.read_bytes())
         except OSError as error:
             raise AttesterError(
-                f"The stand-in's keys cannot be kept in {path}: {error.strerror}.", remedy="Choose another folder."
+                f"The stand-in's keys cannot be kept in {path}: {error.strerror}.",
+                remedy="Set XDG_DATA_HOME to a folder of your own.",
             ) from error
 
     def encode(self) -> bytes:

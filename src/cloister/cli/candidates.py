@@ -91,6 +91,7 @@ def build(
             "The folder of the shipped model is part of the program, so no file is written there.",
             remedy="Give --out FILE.",
         )
+    candidate_file.check_place(path)  # before minutes of work
     started = time.monotonic()
     with _bars(quiet) as progress:
         entries, vectors, origin = vocabulary(model, plan.members, progress)

@@ -1,6 +1,7 @@
 """The picture of a plan: a decoder block with every operator coloured by where it runs (SVG, PNG or PDF, by suffix)."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -84,7 +85,8 @@ def draw(report: Report, path: Path) -> None:
     except OSError as error:
         raise PlanError(f"Cannot write {path}: {error.strerror}.", remedy="Name a file in another folder.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _operator(axes: Any, left: float, top: float, width: float, kind: str, rows: list[Row]) -> None:

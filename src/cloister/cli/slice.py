@@ -26,8 +26,8 @@ SHOWN = 12
 
 
 def slice_(
-    base: Annotated[Path, typer.Argument(help="Folder of the public base model.")],
-    finetuned: Annotated[Path, typer.Argument(help="Folder of the full fine-tune of it.")],
+    base: Annotated[Path, typer.Argument(help="Folder of the public base model.", callback=o.model_folder)],
+    finetuned: Annotated[Path, typer.Argument(help="Folder of the full fine-tune of it.", callback=o.model_folder)],
     out: Annotated[Path, typer.Option("--out", help="Folder for the slices: a PEFT LoRA adapter.")],
     rank: Annotated[int | None, typer.Option("--rank", help="Rank of every slice.", min=1)] = None,
     energy: Annotated[

@@ -12,6 +12,7 @@ set, and every table passes `privacy.certificate.certify` for the ε that its se
 its tables is checked when it is first used (`privacy.sampler`), since it takes longer.
 """
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -108,10 +109,26 @@ def write(candidates: Candidates, path: Path) -> str:
     try:
         _replace(path, [*parts, digest.digest()])
     except OSError as error:
-        raise CandidatesError(
-            f"Cannot write {path}: {error.strerror}.", remedy="Free some room or choose another place with --out."
-        ) from error
+        raise _unwritable(path, error) from error
     return digest.hexdigest()
+
+
+def check_place(path: Path) -> None:
+    """Raises `CandidatesError` if no file can be written at `path`; what is there stays as it is."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> CandidatesError:
+    return CandidatesError(
+        f"Cannot write {path}: {error.strerror}.", remedy="Free some room or choose another place with --out."
+    )
 
 
 def read(path: Path) -> Candidates:

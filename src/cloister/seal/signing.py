@@ -134,9 +134,9 @@ def write_private(path: Path, content: bytes) -> None:
     Raises:
         SealingKeyError: the file exists already (keys are never overwritten), or cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -153,7 +153,8 @@ def write_private(path: Path, content: bytes) -> None:
         ) from error
     except OSError as error:
         raise SealingKeyError(
-            f"{path} cannot be written: {error.strerror}.", remedy="Choose another folder."
+            f"{path} cannot be written: {error.strerror}.",
+            remedy="Choose another folder; XDG_DATA_HOME says where yours are by default.",
         ) from error
 
 
