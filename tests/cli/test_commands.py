@@ -210,6 +210,13 @@ def test_a_chat_reads_lines_answers_and_forgets_on_request() -> None:
     assert '"products"' in done.stderr
 
 
+def test_a_chat_that_has_grown_too_long_says_how_to_go_on() -> None:
+    script = "word " * 100 + "\n" + "word " * 160 + "\n/reset\nTell me a story.\n"
+    done = run("chat", "demo", "-n", "5", "-q", stdin=script)
+    assert done.stderr.count("/reset forgets") == 1
+    assert len(done.stdout.strip().splitlines()) == 2, "the first line and the last are answered"
+
+
 def test_a_chat_with_a_model_without_template_says_what_to_do(tinystories_656k: Path) -> None:
     done = run("chat", str(tinystories_656k), stdin="hello\n", code=1)
     assert "chat template" in done.stderr

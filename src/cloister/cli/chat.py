@@ -179,6 +179,8 @@ class Conversation:
                 stream(reply, self._display, self._quiet)
         except GenerationError as error:  # too long, or refused by the template: the conversation goes on
             stderr().print("[bold red]error:[/bold red]", foreign(str(error)))
+            if self._turns != self._start:
+                stderr().print(Text("Earlier turns are part of the prompt: /reset forgets them.", style="dim"))
             return
         self._turns = [*turns, {"role": "assistant", "content": reply.text}]
         self._last = reply

@@ -41,8 +41,8 @@ app = typer.Typer(
     help=(
         "Run a Llama on hardware that you do not trust. Prompts, activations and the KV cache stay in an enclave process; "
         "an untrusted accelerator multiplies blinded integers, and every answer is checked.\n\n"
-        "Begin with [bold]cloister demo[/bold], then [bold]cloister chat MODEL[/bold] with the folder of any Llama, Mistral "
-        "or Qwen model from Hugging Face."
+        "Begin with [bold]cloister demo[/bold] and [bold]cloister chat demo[/bold], then [bold]cloister chat MODEL[/bold] with "
+        "the folder of any Llama, Mistral or Qwen model from Hugging Face."
     ),
 )
 
