@@ -386,3 +386,22 @@ def test_pads_of_a_step_are_given_out_once(model: EnclaveModel) -> None:
         assert pantry.level_tokens == level
     assert len(seen) == 3
     assert pantry.take_rows(indices) is None
+
+
+def test_memory_of_a_step_s_pads_is_not_filled_again_while_they_are_in_use(model: EnclaveModel) -> None:
+    pantry = Pantry(model.linears, 10**8, PadSource())
+    pantry.stock(2, batch_tokens=2)
+    first = pantry.take_rows(range(len(model.linears)))
+    last = pantry.take_rows(range(len(model.linears)))
+    assert first is not None
+    assert last is not None
+    held = {address for rows in (first, last) for address in rows.spend()[:, 0].tolist()}
+    del first
+    pantry.stock(2, batch_tokens=2)
+    again = pantry.take_rows(range(len(model.linears)))
+    assert again is not None
+    assert held.isdisjoint(again.spend()[:, 0].tolist())
+    del last
+    pantry.stock(3, batch_tokens=2)
+    later = [pantry.take_rows(range(len(model.linears))) for _ in range(3)]
+    assert held <= {address for rows in later if rows is not None for address in rows.spend()[:, 0].tolist()}
