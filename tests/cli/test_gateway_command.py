@@ -1,10 +1,12 @@
 """`cloister gateway` and `cloister ledger` as commands: what they refuse, and what they print."""
 
+import http.client
 import json
 import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -62,15 +64,27 @@ def test_the_ledger_is_shown_as_tables_and_as_json(tmp_path: Path) -> None:
     assert "no ledger" in absent.stderr
 
 
+def status(address: str, host: str) -> int:
+    with closing(http.client.HTTPConnection(address, timeout=30)) as connection:
+        connection.request("GET", "/health", headers={"host": host})
+        with connection.getresponse() as response:
+            return response.status
+
+
 def test_a_gateway_before_an_enclave_speaks_of_no_ledger_and_ends_on_control_c() -> None:
+    """It answers as the hosts that it was told, and as no other."""
     command = [sys.executable, "-m", "cloister", "gateway", "--engine", "enclave", "--model", "demo", "--port", "0"]
+    command += ["--allow-host", "gateway.example"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None
         said = [process.stderr.readline(), process.stderr.readline()]
+        address = said[0].split("//")[1].removesuffix("/v1\n")
+        answers = [status(address, host) for host in ("gateway.example:8399", address, "evil.example")]
         os.killpg(process.pid, signal.SIGINT)
         said.append(process.stderr.read())
         assert process.wait(30) in (0, 130)
     assert said[0].startswith("Listening on http://127.0.0.1:")
+    assert answers == [200, 200, 403]
     assert "unsanitised" in said[1]
     assert "ledger" not in said[2]
     assert "Traceback" not in said[2]

@@ -54,7 +54,10 @@ def run(smoke: bool, console: Console) -> Record:
     return Record(
         "candidates",
         [measure(size, console) for size in (SMOKE_SIZES if smoke else SIZES)],
-        {"largest peak memory of the main process, GB": peak_memory_bytes() / 1e9},
+        {
+            "largest peak memory of the main process, GB": peak_memory_bytes() / 1e9,
+            "load average of the machine": os.getloadavg()[0],
+        },
         {"smoke": smoke, "epsilon": float(EPSILON), "mechanism": "channel"},
         "Synthetic embeddings, one process for each core. Where the minutes of all tables are projected, a few tables were timed "
         "in one process.",

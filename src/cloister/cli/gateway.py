@@ -162,6 +162,14 @@ def gateway(
         Path | None,
         typer.Option("--key-file", help="File with the API key that clients must send.", rich_help_panel=_CLIENTS),
     ] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host",
+            help="Name or address by which clients reach the gateway, beside --host and loopback; repeat.",
+            rich_help_panel=_CLIENTS,
+        ),
+    ] = None,
     origins: Annotated[
         list[str] | None,
         typer.Option(
@@ -215,7 +223,7 @@ def gateway(
                 guard = stack.enter_context(closing(RestartingGuard(partial(SanitisingEnclave, asked, broker))))
             made = _engine(engine, guard.reference, transport, served_model, _secret(engine_key_file), timeout)
             service = Gateway(made, settings, guard)
-        hosts = {LOOPBACK, "localhost", "[::1]", host}
+        hosts = {LOOPBACK, "localhost", "[::1]", host, *(names or ())}
         app = application(service, hosts=tuple(hosts), origins=tuple(origins or ()), key=key)
         spent = f"cloister ledger --ledger {shlex.quote(str(ledger))}" if ledger is not None else "cloister ledger"
         asyncio.run(_serve(service, app, listener, spent, quiet))

@@ -142,7 +142,8 @@ class _Server:
         host = request.headers.get("host", "")
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
         if name not in self._hosts:
-            return _refused(403, f"This server does not answer as the host {name[:100]!r}.", "host_refused")
+            message = f"This server does not answer as the host {name[:100]!r} (--allow-host)."
+            return _refused(403, message, "host_refused")
         origin = request.headers.get("origin")
         if origin is not None and origin not in self._origins:
             return _refused(
