@@ -3,8 +3,8 @@
 Covers: repeats within a prompt, across prompts and in the answers that a chat sends back.
 Guarantees: the table is keyed by HMAC-SHA256 under a key of the session, over the type (word or name, identifier, value)
 and the normalised span, so it holds no span. Whether a name was taken for a person or for a place makes no second draw.
-Key and table live in memory only; `forget` drops both.
-Where a whole span may stand again is told by keyed hashes of its first letters and of its form, and by its length.
+Key and table live in memory only.
+Where a whole span stands again is told by keyed hashes of its first letters and of all of them, and by its length.
 Does not cover: a restart. It draws anew and the ledger charges anew, since two draws do tell more than one.
 """
 
@@ -17,8 +17,10 @@ from typing import Final
 
 from cloister.privacy.labels import Label
 
-HEAD: Final = 2
-"""First characters of a span by whose hash it is looked for."""
+HEAD: Final = 3
+"""First characters of a span, or all of a shorter one, by whose hash it is looked for."""
+
+_BLANKS: Final = dict.fromkeys(map(ord, "\t\n\r\v\f\xa0"), " ")
 
 _BEGIN: Final = re.compile(r"(?<!\w)\w|[^\w\s]")
 """Where something begins that restoring may have put there (`privacy.restore`): a word, or a sign."""
@@ -41,7 +43,8 @@ class Memo:
         self._used: set[str] = set()
         self._seen: set[int] = set()  # Python's keyed hashes, 64 bits, of this process
         self._lengths: dict[int, tuple[int, ...]] = {}  # of spans to look for, by the hash of their heads
-        self._firsts: set[int] = set()  # hashes of their first characters
+        self._whole: set[int] = set()  # hashes of all their characters
+        self._short: set[int] = set()  # hashes of the first characters of those shorter than a head
         self._looked_for: dict[bytes, Label] = {}
 
     def tag(self, label: Label, span: str) -> bytes:
@@ -53,9 +56,11 @@ class Memo:
     def look_for(self, span: str, tag: bytes, label: Label) -> None:
         """Lets `places` tell where this span may stand, and `looked_for` what it was called, also if nothing is drawn for it."""
         self._looked_for.setdefault(tag, label)
-        folded, length = span.casefold(), len(span)
-        self._firsts.add(hash(folded[0]))
-        known = self._lengths.get(head := hash(folded[:HEAD]), ())
+        form, length = folded(span), len(span)
+        self._whole.add(hash(form))
+        if length < HEAD:
+            self._short.add(hash(form[0]))
+        known = self._lengths.get(head := hash(form[:HEAD]), ())
         if length not in known:
             self._lengths[head] = tuple(sorted((*known, length), reverse=True))
 
@@ -63,19 +68,21 @@ class Memo:
         """Returns what a span that is looked for was called; None of another."""
         return self._looked_for.get(tag)
 
-    def places(self, text: str) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """Yields where spans to look for may begin in a text, and how long they may be, the longest first."""
-        if not self._lengths:
+    def places(self, text: str) -> Iterator[tuple[int, int]]:
+        """Yields where spans to look for stand, start and stop: in order, of those that begin together the longest first."""
+        lengths, whole = self._lengths, self._whole
+        if not lengths:
             return
-        folded = next((form for form in (text.casefold(), text.lower()) if len(form) == len(text)), text)
-        firsts, lengths = self._firsts, self._lengths
-        for match in _BEGIN.finditer(text):
-            start = match.start()
-            if hash(folded[start]) in firsts:
-                found = lengths.get(hash(folded[start : start + HEAD]), ())
-                found += lengths.get(hash(folded[start]), ())  # single characters are heads of their own
-                if found:
-                    yield start, found
+        form, short = folded(text), self._short
+        starts = [match.start() for match in _BEGIN.finditer(text)]
+        may = {start for start in starts if hash(form[start : start + HEAD]) in lengths}
+        if short:
+            may.update([start for start in starts if hash(form[start]) in short])
+        for start in sorted(may):
+            for head in range(start + HEAD, start, -1):
+                for length in lengths.get(hash(form[start:head]), ()):
+                    if start + length <= len(form) and hash(form[start : start + length]) in whole:
+                        yield start, start + length
 
     def may_hold(self, span: str) -> bool:
         """Returns False only if no such span was ever tagged: a quick look before the HMAC."""
@@ -106,3 +113,16 @@ class Memo:
 def normalised(span: str) -> str:
     """Returns a span without differences of case and of blanks."""
     return span.casefold() if span.isalnum() else " ".join(span.split()).casefold()
+
+
+def folded(text: str) -> str:
+    """Returns a text without differences of case and of kinds of blanks, character by character: places stay what they are."""
+    text = text.translate(_BLANKS)
+    if text.isascii():
+        return text.lower()
+    form = text.casefold()
+    return form if len(form) == len(text) else "".join(map(_folded, text))
+
+
+def _folded(character: str) -> str:
+    return next((form for form in (character.casefold(), character.lower()) if len(form) == 1), character)

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import chain
 
 from cloister.errors import PrivacyError
 from cloister.privacy import numbers
@@ -217,25 +218,26 @@ class Sanitiser:
 
     def _with_known(self, text: str, row: tuple[Piece, ...]) -> tuple[Piece, ...]:
         """Returns the pieces with those added that were found elsewhere and stand here again, and the others cut to make room."""
+        own = {(piece.start, piece.stop): piece for piece in row}
         known: list[Piece] = []
-        for start, lengths in self._memo.places(text):
-            if not known or start >= known[-1].stop:
-                found = (self._known(text, start, start + length) for length in lengths)
-                known += filter(None, [next(filter(None, found), None)])
+        end = 0
+        for start, stop in self._memo.places(text):
+            if start >= end and (one := self._known(text, start, stop, own.get((start, stop)))) is not None:
+                known.append(one)
+                end = stop
         known = [one for one in known if not any(p.start <= one.start and one.stop <= p.stop for p in row)]
         if not known:
             return row
         kept = [piece for part in row for piece in self._beside(text, part, known)]
         return tuple(sorted([*kept, *known], key=lambda piece: piece.start))
 
-    def _known(self, text: str, start: int, stop: int) -> Piece | None:
+    def _known(self, text: str, start: int, stop: int, found: Piece | None) -> Piece | None:
+        """Returns the piece that stands there if it may be one here; `found`: what a detector found there."""
         own = text[start:stop]
-        if len(own) < stop - start or own[-1].isspace() or not self._memo.may_hold(own):
+        if own[-1].isspace() or ((own[-1].isalnum() or own[-1] == "_") and _ENDED.match(text, stop) is None):
             return None
-        if (own[-1].isalnum() or own[-1] == "_") and _ENDED.match(text, stop) is None:
-            return None
-        for some in (Format.IDENTIFIER, Numeral.NUMBER, Kind.WORD):
-            tag = self._memo.tag(some, own)
+        tags = (self._memo.tag(some, own) for some in (Format.IDENTIFIER, Numeral.NUMBER, Kind.WORD))
+        for tag in tags if found is None else chain((found.tag,), tags):
             label = self._memo.looked_for(tag)
             if label is not None:
                 named = isinstance(label, Kind) and label is not Kind.WORD
