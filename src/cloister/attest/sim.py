@@ -10,10 +10,9 @@ list, and `Roots` refuses to hold one root both as hardware and as stand-in. So 
 
 import hashlib
 import json
-import os
-import secrets
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -34,6 +33,7 @@ from cloister.attest.findings import Findings
 from cloister.attest.policy import IntelTcb, SimPolicy
 from cloister.attest.quote import EnclaveReport
 from cloister.errors import AttesterError, EvidenceError
+from cloister.whole_file import whole_file
 
 NAME: Final = "Cloister Stand-in (no hardware)"
 MRSIGNER: Final = hashlib.sha256(b"cloister: software stand-in, no hardware").digest()
@@ -190,16 +190,5 @@ def examine(
 def _write_once(path: Path, content: bytes) -> None:
     """Writes a new private file completely or not at all; a file that another process put there first stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return
-    finally:
-        temporary.unlink()
+    with suppress(FileExistsError), whole_file(path) as file:
+        file.write(content)

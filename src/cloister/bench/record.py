@@ -6,7 +6,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cloister import __version__
+from cloister.whole_file import whole_file
 
 CHANGED = "+changes"
 """What follows a commit if the code was changed since."""
@@ -38,15 +38,8 @@ class Record:
         """Writes the record as JSON, whole or not at all; returns its path."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.json"
-        file = tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8")  # noqa: SIM115
-        try:
-            with file:
-                json.dump(asdict(self), file, indent=1)
-                file.write("\n")
-            Path(file.name).chmod(0o644)
-            Path(file.name).replace(path)
-        finally:
-            Path(file.name).unlink(missing_ok=True)
+        with whole_file(path, mode=0o644, replace=True) as file:
+            file.write(json.dumps(asdict(self), indent=1).encode() + b"\n")
         return path
 
     def show(self, console: Console) -> None:

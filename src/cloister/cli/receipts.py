@@ -1,9 +1,6 @@
 """What the commands share that keep receipts: three files, and the command that verifies them."""
 
-import os
-import secrets
 import shlex
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -12,6 +9,7 @@ from rich.text import Text
 
 from cloister.cli.display import stderr
 from cloister.errors import SettingsError
+from cloister.whole_file import whole_file
 
 if TYPE_CHECKING:
     from cloister.local.reply import Reply
@@ -91,16 +89,10 @@ def own_trust(reply: "Reply") -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        with whole_file(path, replace=True) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise SettingsError(
             f"The receipt {path} cannot be written: {error.strerror}.", remedy="Free space, or name another place."
         ) from error

@@ -22,6 +22,7 @@ from cloister.local.broker_link import stand_in_file
 from cloister.local.client import LLM, Listener
 from cloister.seal.policy import stand_in_policy
 from cloister.settings import Settings
+from cloister.whole_file import whole_file
 from cloister.wire.tcp import address_of, parse_address
 from cloister.wire.tcp import listen as tcp_listen
 
@@ -121,7 +122,6 @@ def write_policy(path: Path, text: str) -> None:
     Raises:
         SettingsError: another is there already, or it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.exists():
             if path.read_bytes() == text.encode():
@@ -130,14 +130,8 @@ def write_policy(path: Path, text: str) -> None:
                 f"{path} is there already and names another enclave.",
                 remedy="Remove it, and give clients the new one; or name another file.",
             )
-        try:
-            with temporary.open("x", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(temporary, path)  # fails where a rename would overwrite
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(path, mode=0o644) as file:
+            file.write(text.encode())
     except OSError as error:
         raise SettingsError(
             f"The policy {path} cannot be written: {error.strerror}.", remedy="Free some room, or name another file."

@@ -29,6 +29,7 @@ from cloister.privacy.accounting import check_curve
 from cloister.privacy.candidates import CandidateClass, Candidates, Provenance, TableSet
 from cloister.privacy.certificate import MAX_MEMBERS, AnyWeights, certificate, certify
 from cloister.privacy.mechanism import DominatingCurve, Kind, Mechanism
+from cloister.whole_file import whole_file
 
 MAGIC = b"CLOISTERCANDIDATES"
 VERSION = 1
@@ -251,18 +252,8 @@ def _inflate(stream: bytes, expected: int) -> bytes:
 
 def _replace(path: Path, parts: list[bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with whole_file(path, mode=0o644, replace=True) as file:
+        file.writelines(parts)
 
 
 def _damaged(what: str) -> CandidatesError:

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, mldsa
 
 from cloister.errors import SealingKeyError
+from cloister.whole_file import whole_file
 
 MAX_KEY_FILE_BYTES: Final = 2**16
 
@@ -134,18 +135,10 @@ def write_private(path: Path, content: bytes) -> None:
     Raises:
         SealingKeyError: the file exists already (keys are never overwritten), or cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(temporary, path)  # fails where a rename would overwrite
-        finally:
-            temporary.unlink()
+        with whole_file(path) as file:
+            file.write(content)
         sync_folder(path.parent)
     except FileExistsError as error:
         raise SealingKeyError(
