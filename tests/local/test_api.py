@@ -130,6 +130,12 @@ def test_a_prompt_longer_than_the_context_is_refused(llm: LLM) -> None:
     assert "at most to 512" in refused.value.remedy
 
 
+def test_a_context_longer_than_the_model_s_is_refused() -> None:
+    with pytest.raises(SettingsError, match="513 tokens is longer than the 512") as refused:
+        cloister.load(demo_model(), Settings(cache=CacheSettings(max_context=513)))
+    assert "512 or less" in refused.value.remedy
+
+
 def test_messages_without_role_and_content_are_refused(llm: LLM) -> None:
     with pytest.raises(RequestError, match="role and content"):
         llm.chat([{"role": "user"}])

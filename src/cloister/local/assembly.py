@@ -25,7 +25,7 @@ from cloister.enclave.outsource import Gate, Incident
 from cloister.enclave.prepare import EnclaveModel
 from cloister.enclave.release import Release
 from cloister.enclave.schedule import Schedule
-from cloister.errors import AcceleratorError
+from cloister.errors import AcceleratorError, SettingsError
 from cloister.model.spec import ModelSpec
 from cloister.plan.labels import Asset, Party
 from cloister.plan.plan import InsecurePlan, Plan
@@ -56,8 +56,18 @@ class Assembly:
 
 
 def context_tokens(spec: ModelSpec, settings: Settings) -> int:
-    """Returns the longest session in tokens: what the settings say, at most what the model was trained for."""
-    return min(settings.cache.max_context or DEFAULT_CONTEXT, spec.max_positions)
+    """Returns the longest session in tokens: what the settings say, else at most what the model was trained for.
+
+    Raises:
+        SettingsError: the settings ask for more than the model was trained for.
+    """
+    asked = settings.cache.max_context
+    if asked > spec.max_positions:
+        raise SettingsError(
+            f"The context of {asked} tokens is longer than the {spec.max_positions} that the model was trained for.",
+            remedy=f"Set cache.max_context (--context) to {spec.max_positions} or less.",
+        )
+    return asked or min(DEFAULT_CONTEXT, spec.max_positions)
 
 
 def register(
