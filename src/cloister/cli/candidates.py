@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -122,7 +123,9 @@ def show(
         return
     _describe(held, file, "", None)
     for text, members in found.items():
-        stdout().print(f"[bold]{text}[/bold]: {', '.join(members) if members else 'in no class'}", soft_wrap=True)
+        stdout().print(
+            f"[bold]{escape(text)}[/bold]: {escape(', '.join(members)) if members else 'in no class'}", soft_wrap=True
+        )
 
 
 def vocabulary(
@@ -193,7 +196,8 @@ def _describe(held: "Candidates", path: Path, digest: str, seconds: float | None
     console = stdout()
     took = "" if seconds is None else f", built in {seconds:.0f} s"
     console.print(
-        f"[bold]{path}[/bold]  {human_bytes(path.stat().st_size)}, from {held.provenance.model}{took}", soft_wrap=True
+        f"[bold]{escape(str(path))}[/bold]  {human_bytes(path.stat().st_size)}, from {escape(held.provenance.model)}{took}",
+        soft_wrap=True,
     )
     kinds = Table(box=None, header_style="dim")
     for column in ("kind", "classes", "spans", "smallest class"):

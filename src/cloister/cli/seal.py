@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from cloister.cli import options as o
@@ -129,7 +130,9 @@ def _signing_key(path: Path, algorithm: str) -> "SigningKey":
     kind = choice(Algorithm, algorithm, "--signature")
     if not path.exists():
         SigningKey.generate(kind).write(path)
-        stderr().print(f"A new signing key was made: {path}. Keep a copy of it in a safe place.", soft_wrap=True)
+        stderr().print(
+            f"A new signing key was made: {escape(str(path))}. Keep a copy of it in a safe place.", soft_wrap=True
+        )
     return SigningKey.read(path)
 
 
@@ -173,14 +176,15 @@ def _report(sealed: "Sealed", key: "SigningKey", kept: str, as_json: bool) -> No
         return
     console = stdout()
     console.print(
-        f"[bold]{manifest.name}[/bold] version {manifest.version} sealed into {sealed.folder}", soft_wrap=True
+        f"[bold]{escape(manifest.name)}[/bold] version {manifest.version} sealed into {escape(str(sealed.folder))}",
+        soft_wrap=True,
     )
     console.print(
         f"  private: {len(private)} of {len(manifest.tensors)} tensors, {human_bytes(sum(t.nbytes for t in private))}"
     )
     console.print(f"  identity: {sealed.root.hex()}", soft_wrap=True)
     console.print(f"  signer:   {str(key.public)[:80]}", soft_wrap=True)
-    console.print(f"  key:      {kept}", soft_wrap=True)
+    console.print(f"  key:      {escape(kept)}", soft_wrap=True)
 
 
 def _check(folder: Path, as_json: bool) -> None:
@@ -194,7 +198,7 @@ def _check(folder: Path, as_json: bool) -> None:
             return
         console = stdout()
         console.print(
-            f"[bold]{package.manifest.name}[/bold] version {package.manifest.version}: {human_bytes(size)} as sealed."
+            f"[bold]{escape(package.manifest.name)}[/bold] version {package.manifest.version}: {human_bytes(size)} as sealed."
         )
         console.print(f"  identity: {package.root.hex()}", soft_wrap=True)
         console.print(f"  signer:   {str(package.signer)[:80]} (compare it with the owner's)", soft_wrap=True)

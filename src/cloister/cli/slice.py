@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from cloister.cli import options as o
@@ -110,7 +111,10 @@ def _show(report: dict[str, Any], out: Path) -> None:
         )  # fmt: skip
     console.print(table)
     if len(layers) > SHOWN:
-        console.print(f"... and {len(layers) - SHOWN} with a smaller error: {out / REPORT} has them all.", style="dim")
+        console.print(
+            f"... and {len(layers) - SHOWN} with a smaller error: {escape(str(out / REPORT))} has them all.",
+            style="dim",
+        )
     if report["whole"]:
         size = sum(report["whole"].values())
         console.print(f"{len(report['whole'])} tensors kept whole ({human_bytes(size)}): norms, biases, embeddings.")
@@ -122,8 +126,10 @@ def _show(report: dict[str, Any], out: Path) -> None:
             f"perplexity {loss['perplexity']:.3f} (fine-tune {loss['perplexity_finetuned']:.3f})."
         )
     sizes = report["bytes"]
-    console.print(f"{human_bytes(sizes['slices'])} in {out} (the fine-tune: {human_bytes(sizes['finetuned'])}).")
-    console.print(f"Use it: cloister chat {report['base']} --adapter mine={out}", soft_wrap=True)
+    console.print(
+        f"{human_bytes(sizes['slices'])} in {escape(str(out))} (the fine-tune: {human_bytes(sizes['finetuned'])})."
+    )
+    console.print(f"Use it: cloister chat {escape(report['base'])} --adapter mine={escape(str(out))}", soft_wrap=True)
 
 
 def _read(path: Path) -> str:
