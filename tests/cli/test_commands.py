@@ -275,3 +275,22 @@ def test_nothing_is_compiled_twice(tmp_path: Path) -> None:
     assert len(first) > 20
     subprocess.run(command, env=environment, capture_output=True, check=True, timeout=280)
     assert compiled() == first
+
+
+@pytest.mark.parametrize("order", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("server", ["accelerator", "broker"])
+def test_what_serves_ends_cleanly_when_told(server: str, order: signal.Signals, tmp_path: Path) -> None:
+    command = ["accelerator", "--listen", "127.0.0.1:0"]
+    if server == "broker":
+        owner = ["--broker", str(tmp_path / "owner")]
+        run("broker", "init", *owner)
+        command = ["broker", "serve", *owner, "--listen", "127.0.0.1:0"]
+    with subprocess.Popen([*CLOISTER, *command], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            assert "127.0.0.1:" in process.stderr.readline()
+            process.send_signal(order)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+        assert process.stderr.read() == "Ended.\n"

@@ -2,7 +2,6 @@
 
 import http.client
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -71,7 +70,8 @@ def status(address: str, host: str) -> int:
             return response.status
 
 
-def test_a_gateway_before_an_enclave_speaks_of_no_ledger_and_ends_on_control_c() -> None:
+@pytest.mark.parametrize("order", [signal.SIGINT, signal.SIGTERM])
+def test_a_gateway_before_an_enclave_speaks_of_no_ledger_and_ends_when_told(order: signal.Signals) -> None:
     """It answers as the hosts that it was told, and as no other."""
     command = [sys.executable, "-m", "cloister", "gateway", "--engine", "enclave", "--model", "demo", "--port", "0"]
     command += ["--allow-host", "gateway.example"]
@@ -80,11 +80,10 @@ def test_a_gateway_before_an_enclave_speaks_of_no_ledger_and_ends_on_control_c()
         said = [process.stderr.readline(), process.stderr.readline()]
         address = said[0].split("//")[1].removesuffix("/v1\n")
         answers = [status(address, host) for host in ("gateway.example:8399", address, "evil.example")]
-        os.killpg(process.pid, signal.SIGINT)
-        said.append(process.stderr.read())
-        assert process.wait(30) in (0, 130)
+        process.send_signal(order)
+        said.append(process.stderr.read())  # to its end: the enclave's process has closed it too
+        assert process.wait(30) == 0
     assert said[0].startswith("Listening on http://127.0.0.1:")
     assert answers == [200, 200, 403]
     assert "unsanitised" in said[1]
-    assert "ledger" not in said[2]
-    assert "Traceback" not in said[2]
+    assert said[2] == "Ended.\n"

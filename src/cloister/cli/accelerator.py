@@ -1,11 +1,13 @@
 """`cloister accelerator`: lend this host's processor to enclaves elsewhere."""
 
+from contextlib import closing
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from cloister.cli.display import stderr
+from cloister.cli.ending import until_ended
 from cloister.errors import SettingsError
 from cloister.settings import Backend
 
@@ -43,12 +45,9 @@ def accelerator(
 
     chosen = backend_of(device, backend)
     limits = int(max_weight_gib * 2**30), int(max_operand_gib * 2**30)
-    server = AcceleratorServer(listen, lambda: open_multiplier(chosen, threads), *limits)
-    stderr().print(f"accelerator at {server.address} ({server.backend}); Ctrl-C ends it")
-    try:
+    with until_ended(), closing(AcceleratorServer(listen, lambda: open_multiplier(chosen, threads), *limits)) as server:
+        stderr().print(f"accelerator at {server.address} ({server.backend}); Ctrl-C ends it")
         server.serve()
-    finally:
-        server.close()
 
 
 def backend_of(device: DeviceKind, backend: Backend) -> Backend:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from cloister.cli import options as o
 from cloister.cli.display import stderr, stdout
+from cloister.cli.ending import until_ended
 from cloister.cli.owner import BrokerOption, now_text, unix_time
 from cloister.errors import SettingsError
 from cloister.local.broker_link import STAND_IN, owner_folder
@@ -72,7 +73,7 @@ def serve(
     from cloister.seal.store import Store
 
     harden()  # it has keys: no core file, no reading by others of this user
-    with Store.open(broker or owner_folder()) as store:
+    with until_ended(), Store.open(broker or owner_folder()) as store:
         number, _ = store.log.head()  # a store whose log was changed does not serve
         with BrokerServer(Broker(store, parse_policy), listen) as server:
             stderr().print(f"Listening on {server.address}; the log has {number} lines. Ctrl-C ends it.")

@@ -18,6 +18,7 @@ import typer
 
 from cloister.cli import options as o
 from cloister.cli.display import stderr
+from cloister.cli.ending import until_ended
 from cloister.errors import SettingsError
 from cloister.gateway.engine import Transport
 from cloister.privacy.mechanism import Mechanism
@@ -203,7 +204,7 @@ def gateway(
     key = _secret(key_file)
     _check_exposure(host, key)
     settings = GatewaySettings(session=session, restore_words=restore_words)
-    with _listening(host, port) as listener, ExitStack() as stack:
+    with until_ended(quiet), _listening(host, port) as listener, ExitStack() as stack:
         if engine == ENCLAVE or engine.startswith(CLOISTER):
             service = Gateway(_enclave_engine(engine, model, policy), settings, None)
         else:

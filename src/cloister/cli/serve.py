@@ -1,21 +1,19 @@
 """`cloister serve`: an enclave that answers clients elsewhere, who verify it first."""
 
-import signal
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
 from cloister.cli import options as o
 from cloister.cli.display import Display, stderr
+from cloister.cli.ending import until_ended
 from cloister.errors import IsolationError, SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from cloister.attest.evidence import Attester
     from cloister.settings import Settings
@@ -65,7 +63,7 @@ def serve(
     A client then runs [bold]cloister generate --connect HOST:7780 --verify-policy policy.toml -p "..."[/bold].
     """
     chosen = o.RuntimeOptions(settings, addresses=accelerator).settings()
-    with _ending():
+    with until_ended():
         if stand_in:
             if tsm_helper is not None or collateral is not None:
                 raise SettingsError(
@@ -149,20 +147,6 @@ def _inside(
             console.print(Text(server.ready.warning, style="bold red"))
         console.print(f"{server.ready.model} at {address_of(listener)}, measurement {measurement}", soft_wrap=True)
         server.serve(listener)
-
-
-@contextmanager
-def _ending() -> "Iterator[None]":
-    """Makes Ctrl-C and a service manager's SIGTERM inside the block a clean end."""
-
-    def end(_number: int, _frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    except KeyboardInterrupt:
-        stderr().print("Ended.")
 
 
 def _attester(helper: Path | None, collateral: Path | None) -> "Callable[[bytes], Attester]":

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -10,6 +11,7 @@ import typer
 
 from cloister.cli import options as o
 from cloister.cli.display import foreign, stderr
+from cloister.cli.ending import until_ended
 from cloister.cli.streams import read_prompt
 from cloister.errors import SettingsError
 
@@ -53,19 +55,16 @@ def split_server(
             f"Cannot listen on {host}:{port}: {error.strerror}.", remedy="Choose another --port, or stop what uses it."
         ) from error
     served = ServerModel.open(model, allow_tied=allow_tied)
-    if not quiet:
-        stderr().print(
-            f"Serving a {served.kind} without its embedding table at {address_of(listener)}",
-            soft_wrap=True,
-            highlight=False,
-        )
-        if allow_tied:
-            stderr().print("[bold red]Its LM head is its embedding table: the table is no secret here.[/bold red]")
-    server = SplitServer(served, listener)
-    try:
+    with until_ended(quiet), closing(SplitServer(served, listener)) as server:
+        if not quiet:
+            stderr().print(
+                f"Serving a {served.kind} without its embedding table at {address_of(listener)}",
+                soft_wrap=True,
+                highlight=False,
+            )
+            if allow_tied:
+                stderr().print("[bold red]Its LM head is its embedding table: the table is no secret here.[/bold red]")
         server.serve()
-    finally:
-        server.close()
 
 
 def split_client(
