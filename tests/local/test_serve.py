@@ -9,13 +9,14 @@ import msgspec
 import pytest
 
 from cloister.assets import demo_model
-from cloister.attest.evidence import Skip
+from cloister.attest.evidence import Kind, Skip
 from cloister.attest.policy import Policy, SimPolicy
 from cloister.attest.receipt import Receipt, SignedStatement, verify_receipt
 from cloister.attest.roots import Roots
 from cloister.attest.session import checker
 from cloister.attest.sim import Installation, SimAttester
 from cloister.errors import AttestationError, ChannelError
+from cloister.local.owner import tee
 from cloister.local.serve import EnclaveServer
 from cloister.wire.channel_socket import SealedClient
 from cloister.wire.session import Delta, Finished, FromEnclave, Generate, Open, Sampling
@@ -94,3 +95,9 @@ def test_tokens_do_not_wait_for_acknowledgements(server: EnclaveServer, address:
         held = list(server._connections._open)
         assert held
         assert all(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for sock in held)
+
+
+def test_only_the_stand_in_calls_itself_one(server: EnclaveServer) -> None:
+    assert "stand-in" in server.ready.tee
+    for kind in Kind:
+        assert ("stand-in" in tee(kind)) == (kind is Kind.SIM), kind

@@ -155,7 +155,7 @@ class EnclaveProcess:
             max_context=parts.forward.max_context,
             has_chat_template=directory.tokenizer.has_chat_template,
             accelerators=parts.gate.accelerators,
-            tee=tee(),
+            tee=tee() if attester is None else tee(attester.kind),
             policy=plan.policy,
             plan=plan.digest(),
             warning=INSECURE.format(plan.policy) if isinstance(plan, InsecurePlan) else "",

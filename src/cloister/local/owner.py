@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cloister.attest.evidence import Attester
+from cloister.attest.evidence import Attester, Kind
 from cloister.attest.sim import Installation, SimAttester
 from cloister.errors import AttesterError
 from cloister.isolation.launch import applied
@@ -25,11 +25,11 @@ class Owner:
     attester: Prove
 
 
-def tee() -> str:
-    """Returns what runs this process, what confines it and where its keys rest, in words."""
-    return (
-        f"software stand-in (not a TEE: the host can read its memory); {applied() or 'not confined'}; {keys_at_rest()}"
-    )
+def tee(kind: Kind = Kind.SIM) -> str:
+    """Returns what runs this process, what confines it and where its keys rest, in words; `kind`: of its evidence."""
+    stand_in = "software stand-in (not a TEE: the host can read its memory)"
+    where = stand_in if kind is Kind.SIM else f"protected as its {kind} evidence says"
+    return f"{where}; {applied() or 'not confined'}; {keys_at_rest()}"
 
 
 def stand_in(file: Path | None) -> Prove:
