@@ -1,13 +1,12 @@
 """The picture of a plan: a decoder block with every operator coloured by where it runs (SVG, PNG or PDF, by suffix)."""
 
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from cloister.errors import PlanError
 from cloister.plan.labels import Placement
 from cloister.plan.report import Report, Row
+from cloister.whole_file import whole_file
 
 COLOURS: Final = {Placement.ENCLAVE: "#2e7d32", Placement.BLINDED: "#1565c0", Placement.PLAIN: "#c62828"}
 """Green stays inside, blue goes out blinded, red is seen."""
@@ -74,19 +73,16 @@ def draw(report: Report, path: Path) -> None:
         axes.text(0.9 + 3.9 * place, -len(_ROWS) - 0.1, MEANINGS[placement], va="center", fontsize=9)
     warning = "INSECURE  " if report.insecure else ""
     figure.suptitle(f"{warning}{report.model}: {report.policy}, {report.threat} (decode)", fontsize=13)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        figure.savefig(temporary, metadata={"Date": None} if path.suffix == ".svg" else None)
-        temporary.replace(path)
+        with whole_file(path, mode=0o666, replace=True) as file:
+            dated = {"Date": None} if path.suffix == ".svg" else None
+            figure.savefig(file, format=path.suffix[1:] or None, metadata=dated)
     except ValueError as error:
         raise PlanError(
             f"Cannot write {path}: {error}.", remedy="Give a path that ends in .svg, .png or .pdf."
         ) from error
     except OSError as error:
         raise PlanError(f"Cannot write {path}: {error.strerror}.", remedy="Name a file in another folder.") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def _operator(axes: Any, left: float, top: float, width: float, kind: str, rows: list[Row]) -> None:
