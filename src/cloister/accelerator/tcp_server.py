@@ -61,7 +61,9 @@ class AcceleratorServer:
         try:
             self._listener = listen(host, port, backlog=MAX_CLIENTS)
         except OSError as error:
-            raise SettingsError(f"Cannot listen at {address}: {error}.", remedy="Choose another address.") from error
+            raise SettingsError(
+                f"Cannot listen at {address}: {error.strerror or error}.", remedy="Choose another address."
+            ) from error
         self._clients, self._clients_lock = set[socket.socket](), threading.Lock()
         self._closed = False
 

@@ -51,7 +51,9 @@ class ConfinedServer:
         try:
             self._socket = tcp_listen(host, port)
         except OSError as error:
-            raise SettingsError(f"Cannot listen on {listen}: {error}.", remedy="Choose another host:port.") from error
+            raise SettingsError(
+                f"Cannot listen on {listen}: {error.strerror or error}.", remedy="Choose another host:port."
+            ) from error
         self._closed = False
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:

@@ -91,8 +91,9 @@ class Broker:
         if row is None or row[0] < now.timestamp():
             raise KeyRefusedError("The nonce was not issued here, or is too old.")
         if row[1] is not None:
-            if row[1] == asked:
-                return Released(row[2])  # the answer was lost: the same bytes, sealed to the same key
+            if row[1] == asked:  # the answer was lost: the same bytes, sealed to the same key
+                self._store.log.append({"time": _text(now), "event": "repeat", "nonce": request.nonce.hex(), **about})
+                return Released(row[2])
             raise KeyRefusedError("The nonce was used for another request.")
         model = self._store.model(request.root)
         if model is None:
