@@ -153,7 +153,7 @@ def run(
         "load average of the machine": os.getloadavg()[0],
     }
     note = (
-        "Milliseconds, median and 95th percentile, one prompt at a time. 'tokens' are the model's, of a prompt's newest text, "
+        "Milliseconds, median, 10th and 95th percentile, one prompt at a time. 'tokens' are the model's, of a prompt's newest text, "
         f"'spans' what is replaced, medians. Prompts are {1e3 * PAUSE:g} ms apart, but for the first row. 'whole' is the "
         "sanitiser: detect, charge, draw and replace; 'embed' comes after it: tokens, rows of the table, the file that is sent. "
         "ε = 2, a budget that does not end: the charge of a session's first prompt waits for the disk, nearly all others are "
@@ -198,6 +198,7 @@ def _row(sort: str, times: list[_Timed]) -> dict[str, Any]:
         "tokens": statistics.median(one.tokens for one in times),
         "spans": statistics.median(one.spans for one in times),
         "whole": median("whole"),
+        "whole p10": 1e3 * whole[len(whole) // 10],
         "whole p95": 1e3 * whole[int(0.95 * (len(whole) - 1))],
         **{stage: median(stage) for stage in ("detect", "charge", "draw", "replace", "embed")},
     }
