@@ -270,9 +270,9 @@ def test_a_prompt_that_is_far_too_long_is_not_even_charged(start: Start) -> None
 def test_nothing_goes_to_proxies_and_no_cookie_comes_back(
     start: Start, engine: StubEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as proxy:
+    with socket.create_server(("127.0.0.77", 0)) as proxy:  # no other test connects there
         for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "all_proxy"):
-            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+            monkeypatch.setenv(name, f"http://127.0.0.77:{proxy.getsockname()[1]}")
         monkeypatch.delenv("NO_PROXY", raising=False)
         monkeypatch.delenv("no_proxy", raising=False)
         running = start()

@@ -92,11 +92,16 @@ def attestation_url(host: str, nonce: bytes) -> str:
     return urllib.parse.urlunsplit((scheme, place, path, f"nonce={nonce.hex()}", ""))
 
 
+class NoEvidenceError(AttestationError):
+    """The host speaks HTTP and answered with something else than evidence."""
+
+
 def ask(host: str, nonce: bytes, timeout_seconds: float = 20.0) -> bytes:
     """Returns the unverified document that a host answers to a nonce.
 
     Raises:
-        AttestationError: no answer, an error, a redirection, or an answer that is too long.
+        NoEvidenceError: an error, a redirection, or an answer that is too long.
+        AttestationError: no answer of a server of HTTP.
     """
     url = attestation_url(host, nonce)
     opener = urllib.request.build_opener(_NoRedirection)
@@ -106,7 +111,7 @@ def ask(host: str, nonce: bytes, timeout_seconds: float = 20.0) -> bytes:
             document: bytes = answer.read(MAX_EVIDENCE_BYTES + 1)
     except urllib.error.HTTPError as error:
         with error:
-            raise AttestationError(
+            raise NoEvidenceError(
                 f"{host} answered {error.code} to {PATH}.", remedy="Is this the address of a Cloister server?"
             ) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -115,7 +120,7 @@ def ask(host: str, nonce: bytes, timeout_seconds: float = 20.0) -> bytes:
             f"{host} does not answer: {reason}.", remedy="Check the address and the server."
         ) from error
     if len(document) > MAX_EVIDENCE_BYTES:
-        raise AttestationError(f"{host} answered more than {MAX_EVIDENCE_BYTES} bytes.")
+        raise NoEvidenceError(f"{host} answered more than {MAX_EVIDENCE_BYTES} bytes.")
     return document
 
 

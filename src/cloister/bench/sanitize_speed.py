@@ -153,8 +153,8 @@ def run(
         "load average of the machine": os.getloadavg()[0],
     }
     note = (
-        "Milliseconds, median, 10th and 95th percentile, one prompt at a time. 'tokens' are the model's, of a prompt's newest text, "
-        f"'spans' what is replaced, medians. Prompts are {1e3 * PAUSE:g} ms apart, but for the first row. 'whole' is the "
+        "Milliseconds, median, 10th and 95th percentile, one prompt at a time. 'tokens' are the model's, of a prompt's newest "
+        f"text, 'spans' what is replaced, medians. Prompts are {1e3 * PAUSE:g} ms apart, but for the first row. 'whole' is the "
         "sanitiser: detect, charge, draw and replace; 'embed' comes after it: tokens, rows of the table, the file that is sent. "
         "ε = 2, a budget that does not end: the charge of a session's first prompt waits for the disk, nearly all others are "
         "covered by what the session reserved."

@@ -62,13 +62,15 @@ def _host(target: str, nonce: bytes) -> Question:
     """Returns what a host shows for a nonce: over HTTP if its address says so, over the sealed channel if it says cloister,
     and else over the one that it speaks. Either way the nonce is all that it is sent.
     """
-    from cloister.attest.document import ask
+    from cloister.attest.document import NoEvidenceError, ask
     from cloister.errors import AttestationError
 
     if target.startswith(CLOISTER):
         return _sealed(target.removeprefix(CLOISTER).rstrip("/"), nonce)
     try:
         document = ask(target, nonce)
+    except NoEvidenceError:
+        raise
     except AttestationError:
         if "://" in target:
             raise
