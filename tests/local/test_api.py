@@ -300,6 +300,21 @@ def test_an_interrupted_message_is_an_error_and_a_clean_end_is_none() -> None:
     end.close()
 
 
+def test_closing_an_end_that_a_thread_waits_at_ends_the_session() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(30)
+    end, other = SessionSocket(ours), SessionSocket(theirs)
+    said: list[object] = []
+    waiting = threading.Thread(target=lambda: said.append(end.receive_from_enclave()), daemon=True)
+    waiting.start()
+    time.sleep(0.1)  # it waits for a message
+    end.close()
+    assert other.receive_to_enclave() is None
+    waiting.join(30)
+    assert said == [None]
+    other.close()
+
+
 def test_interrupting_the_python_caller_leaves_the_session_usable(llm: LLM, expected: str) -> None:
     main = threading.main_thread().ident
     assert main is not None

@@ -114,7 +114,7 @@ def run(
     layer = EmbeddingLayer.open(model)
     held = candidate_file.read(candidates or model / candidate_file.FILE_NAME)
     sampler = sampler_for(held, layer, Mechanism.CHANNEL, Fraction(2))
-    warm_up, count = (4, 12) if smoke else (WARM_UP, count)
+    warm_up, count = (2, 10) if smoke else (WARM_UP, count)
     length: Callable[[str], int] = lambda text: len(layer.tokenizer.encode(text))  # noqa: E731
     sorts: dict[str, Callable[[], Iterator[list[str]]]] = {
         AT_ONCE: lambda: ([text] for text in prompts.of_tokens(4, TOKENS, length)),

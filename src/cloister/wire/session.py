@@ -7,6 +7,7 @@ these messages travel inside a sealed channel.
 """
 
 import socket
+from contextlib import suppress
 from typing import Final, TypeVar
 
 import msgspec
@@ -288,7 +289,9 @@ class SessionSocket:
         return None if payload is None else self._decode(self._to_enclave, payload)
 
     def close(self) -> None:
-        """Closes this end; the other sees the end of the stream."""
+        """Closes this end; the other sees the end of the stream, also while a thread of ours waits for a message."""
+        with suppress(OSError):  # it was closed already, or the other end was
+            self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
 
     @staticmethod
