@@ -98,6 +98,11 @@ def test_the_rule_is_chosen_while_others_may_write(tmp_path: Path, monkeypatch: 
     opened(path).close()
     opened(path).close()
     assert len(asked) == 1  # a session that is there has its rule
+    with contextlib.closing(Ledger.open(path)) as ledger:
+        for name in ("a", "b", "c"):
+            ledger.open_session(name, 16.0, pure(2.0), "words")
+            ledger.open_session(f"{name}, more", 17.0, pure(2.0), "words")
+    assert [arguments[0] for arguments in asked[1:]] == [16.0, 17.0]  # once for all that are alike
 
 
 def test_a_span_costs_as_many_draws_as_there_were_memos(tmp_path: Path) -> None:

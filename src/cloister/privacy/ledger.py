@@ -39,6 +39,9 @@ __all__ = ["Entry", "Ledger", "PromptReport", "Receipt", "SessionReport"]
 
 MAX_NAME: Final = 128
 
+MOST_RULES: Final = 8
+"""Rules that are remembered; the sessions of one gateway are alike."""
+
 
 class Ledger:
     """An open ledger. One object per process; SQLite arbitrates between processes. Threads may share it."""
@@ -52,6 +55,7 @@ class Ledger:
         self._settler = Settler(path, connection, self._memory, clock)
         self._file = self._settler.file
         self._writer = Writer(self._settler, self.close)
+        self._rules: dict[tuple[float, Cost, DominatingCurve | None], Filter] = {}  # of the sessions opened last
 
     @staticmethod
     def open(path: Path, *, create: bool = True) -> "Ledger":
@@ -99,12 +103,12 @@ class Ledger:
             raise BudgetError(
                 "A session's name is empty, too long or not printable.", remedy="Use 1 to 128 characters."
             )
-        rule = None if name in self.sessions() else chosen(budget, per_span, curve)  # seconds, with no lock held
+        rule = None if name in self.sessions() else self._rule(budget, per_span, curve)  # slow, with no lock held
         with self._file, explained(self.path), transaction(self._db):
             columns = "budget, policy, first, gap, curve"
             row = self._db.execute(f"SELECT {columns} FROM sessions WHERE name = ?", (name,)).fetchone()  # noqa: S608
             if row is None:
-                rule = rule or chosen(budget, per_span, curve)
+                rule = rule or self._rule(budget, per_span, curve)
                 values = (name, budget, DELTA, rule.rule, rule.most, policy, self._clock(), *packed(curve))
                 self._db.execute("INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
             elif tuple(row[:2]) != (budget, policy):
@@ -122,6 +126,17 @@ class Ledger:
         with self._memory.lock:
             opened.memos += 1
             opened.each = amount([Charge(per_span)], opened.filter) if per_span.epsilon > 0 else NOTHING
+
+    def _rule(self, budget: float, per_span: Cost, curve: DominatingCurve | None) -> Filter:
+        """Returns what `chosen` returns, worked out once for sessions that are alike."""
+        alike = (budget, per_span, curve)
+        rule = self._rules.get(alike)
+        if rule is None:
+            rule = chosen(budget, per_span, curve)
+            if len(self._rules) >= MOST_RULES:
+                self._rules.clear()
+            self._rules[alike] = rule
+        return rule
 
     def charge(self, session: str, entries: Sequence[Entry], *, repeated: int = 0, pseudonyms: int = 0) -> Receipt:
         """Charges what a prompt costs; call it before anything is drawn or sent.
