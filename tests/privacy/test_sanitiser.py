@@ -62,10 +62,10 @@ def test_words_found_elsewhere_are_looked_for_where_they_can_be(
     for _ in range(60):
         texts = [" ".join(rng.choice(pool, 8)) for _ in range(2)]
         found = [guard._pieces(text, {}) for text in texts]
-        quick = guard._again(texts, found)
+        quick = guard._known.added(texts, found, lambda text, one: guard._piece(text, one, {}))
         with monkeypatch.context() as everywhere:
             everywhere.setattr(Memo, "may_hold_any", lambda self, words: True)
-            assert guard._again(texts, found) == quick
+            assert guard._known.added(texts, found, lambda text, one: guard._piece(text, one, {})) == quick
         extra += sum(map(len, quick[0])) - sum(map(len, found))
         guard.sanitise(texts)
         for text, row in zip(texts, quick[0], strict=True):

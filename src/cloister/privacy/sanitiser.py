@@ -3,7 +3,7 @@
 Guarantees: the ledger has the charge on the disk before a draw is made, and a refusal leaves nothing drawn. Every span
 that was found is replaced, also where its replacement is unknown to the sampler. Equal spans get equal replacements, and what
 was found once is replaced wherever it stands in the session's later texts, whatever surrounds it: answers that were restored come
-back with the next request.
+back with the next request (`privacy.known_spans`).
 Assumes: the sampler keeps its word about costs (its tables are certified when they are loaded).
 Does not cover: what no detector finds; lengths of the texts in words; after a restart, what only a text before it
 told to be a secret.
@@ -15,34 +15,28 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import chain
 
 from cloister.errors import PrivacyError
 from cloister.privacy import numbers
 from cloister.privacy.accounting import Charge, pure
 from cloister.privacy.detector import Detection
 from cloister.privacy.formats import pseudonym
+from cloister.privacy.known_spans import KnownSpans, Piece
 from cloister.privacy.labels import Finding, Format, Label, Numeral
 from cloister.privacy.ledger import Entry, Ledger, Receipt
 from cloister.privacy.mechanism import Cost, Kind, Mechanism, Sampler, Span
 from cloister.privacy.memo import Memo, Remembered
 from cloister.privacy.randomness import Randomness
 from cloister.privacy.restore import Swap
-from cloister.privacy.words import INSTRUCTION_WORDS, POSSESSIVE, WORD, cased_like, cleaned, is_stop_word, words_of
+from cloister.privacy.words import cased_like, cleaned, is_stop_word
 
 NOTHING = Cost(0.0, 0.0)
 
 _NAME = re.compile(r"\S+")
 _PART = re.compile(r"[\w'’/.-]*\w")
-_ENDED = re.compile(r"(?:['’]s|['’]|s['’]|s|es)?(?!\w)")
-"""Where a word ends, or what English hangs on one: what restoring leaves there (`privacy.restore`)."""
-_REST = re.compile(r"\w(?:.*\w)?", re.DOTALL)
-
-SHORT_WORD = 4
-"""Letters of a word that is too short to be looked for everywhere."""
 
 TABLES_SHOWN = 32
 """Digits of the candidates' digest in a policy: 128 bits."""
@@ -50,16 +44,6 @@ TABLES_SHOWN = 32
 SEEN_TEXTS = 1024
 """Texts whose findings are remembered, by a keyed hash, as places and keys of the memo: a chat sends its earlier turns again with
 every request."""
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A span to be replaced, under the memo's key for it: no text."""
-
-    start: int
-    stop: int
-    label: Label
-    tag: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +90,7 @@ class Sanitiser:
         self._sampler = sampler
         self._ledger = ledger
         self._memo = Memo()
+        self._known = KnownSpans(self._memo, sampler)
         self._key = os.urandom(32)
         self._seen: dict[bytes, tuple[Piece, ...]] = {}
         self._epsilon = Fraction(str(sampler.epsilon)).limit_denominator(10**6)
@@ -125,7 +110,8 @@ class Sanitiser:
         with self._turn:
             plain = [cleaned(text) for text in texts]
             normal: dict[bytes, str] = {}
-            rows, kept = self._again(plain, [self._pieces(text, normal) for text in plain])
+            found = [self._pieces(text, normal) for text in plain]
+            rows, kept = self._known.added(plain, found, lambda text, one: self._piece(text, one, {}))
             pieces = [(piece, text) for text, row in zip(plain, rows, strict=True) for piece in row]
             first = {one[0].tag: one for one in reversed(pieces)}
             fresh = [self._fresh(*one, normal) for tag, one in reversed(first.items()) if self._memo.get(tag) is None]
@@ -155,106 +141,12 @@ class Sanitiser:
         form = self._normal(own, found.label)
         tag = self._memo.tag(found.label, form)
         normal.setdefault(tag, form)
-        if self._everywhere(own, found.label):
-            self._memo.look_for(own, tag, found.label)
+        self._known.note(own, tag, found.label)
         return Piece(found.start, found.stop, found.label, tag)
 
     def _fresh(self, piece: Piece, text: str, normal: dict[bytes, str]) -> _Fresh:
         form = normal.get(piece.tag) or self._normal(text[piece.start : piece.stop], piece.label)
         return _Fresh(piece.tag, piece.label, form, self._cost(form, piece.label))
-
-    def _again(
-        self, texts: Sequence[str], found: Sequence[tuple[Piece, ...]]
-    ) -> tuple[list[tuple[Piece, ...]], frozenset[str]]:
-        """Returns the pieces with those added whose words were found elsewhere, in this request or before it; all other words.
-
-        What a detector knows by its surroundings once is a secret everywhere: the password after `password is` also where an
-        answer repeats it, which comes back with the next request. In lower case a name may be another word.
-        """
-        labels = {piece.tag: piece.label for row in found for piece in row if isinstance(piece.label, Kind)}
-        rows: list[tuple[Piece, ...]] = []
-        kept: set[str] = set()
-        for text, row in zip(texts, found, strict=True):
-            row = self._with_known(text, row)
-            words = _words_between(text, row)
-            if self._memo.may_hold_any(words):
-                extra = self._named_elsewhere(text, row, labels)
-                if extra:
-                    row = tuple(sorted([*row, *extra], key=lambda piece: piece.start))
-                    words = _words_between(text, row)
-            rows.append(row)
-            kept |= words
-        return rows, frozenset(kept)
-
-    def _named_elsewhere(self, text: str, row: Sequence[Piece], labels: Mapping[bytes, Label]) -> list[Piece]:
-        covered = bytearray(len(text))
-        for piece in row:
-            covered[piece.start : piece.stop] = b"\1" * (piece.stop - piece.start)
-        extra = []
-        for match in WORD.finditer(text):
-            start, word = match.start(), match.group()
-            span = POSSESSIVE.sub("", word) if word[-2:-1] in "'’" else word
-            if covered[start] or not self._memo.may_hold(span) or any(covered[start : start + len(span)]):
-                continue
-            tag = self._memo.tag(Kind.WORD, span)
-            remembered = self._memo.get(tag)
-            label = labels.get(tag) or (remembered.label if remembered else None)
-            if isinstance(label, Kind) and (span[0].isupper() or label is Kind.WORD):
-                extra.append(Piece(start, start + len(span), label, tag))
-        return extra
-
-    def _everywhere(self, own: str, label: Label) -> bool:
-        """Returns whether a span is looked for letter by letter: single words of names and the like are looked for as words."""
-        if isinstance(label, Kind):
-            return WORD.fullmatch(own) is None
-        return isinstance(label, Numeral) or (len(own) > 2 and not self._ordinary(own))
-
-    def _ordinary(self, own: str) -> bool:
-        """Returns whether a span is a public word, or as short as one, as in `the password is required` and `token: str`."""
-        known = is_stop_word(own) or own.lower() in INSTRUCTION_WORDS
-        if known or not own.isalpha():
-            return known
-        return len(own) <= SHORT_WORD or self._sampler.cost(Span(own.lower(), Kind.WORD)).epsilon > 0
-
-    def _with_known(self, text: str, row: tuple[Piece, ...]) -> tuple[Piece, ...]:
-        """Returns the pieces with those added that were found elsewhere and stand here again, and the others cut to make room."""
-        own = {(piece.start, piece.stop): piece for piece in row}
-        known: list[Piece] = []
-        end = 0
-        for start, stop in self._memo.places(text):
-            if start >= end and (one := self._known(text, start, stop, own.get((start, stop)))) is not None:
-                known.append(one)
-                end = stop
-        known = [one for one in known if not any(p.start <= one.start and one.stop <= p.stop for p in row)]
-        if not known:
-            return row
-        kept = [piece for part in row for piece in self._beside(text, part, known)]
-        return tuple(sorted([*kept, *known], key=lambda piece: piece.start))
-
-    def _known(self, text: str, start: int, stop: int, found: Piece | None) -> Piece | None:
-        """Returns the piece that stands there if it may be one here; `found`: what a detector found there."""
-        own = text[start:stop]
-        if own[-1].isspace() or ((own[-1].isalnum() or own[-1] == "_") and _ENDED.match(text, stop) is None):
-            return None
-        tags = (self._memo.tag(some, own) for some in (Format.IDENTIFIER, Numeral.NUMBER, Kind.WORD))
-        for tag in tags if found is None else chain((found.tag,), tags):
-            label = self._memo.looked_for(tag)
-            if label is not None:
-                named = isinstance(label, Kind) and label is not Kind.WORD
-                return None if named and own.islower() else Piece(start, stop, label, tag)
-        return None
-
-    def _beside(self, text: str, piece: Piece, known: Sequence[Piece]) -> Iterator[Piece]:
-        """Yields what of a piece lies outside of those that are known."""
-        over = [one for one in known if one.start < piece.stop and piece.start < one.stop]
-        if not over:
-            yield piece
-            return
-        starts, stops = [piece.start, *[one.stop for one in over]], [*[one.start for one in over], piece.stop]
-        label = Format.IDENTIFIER if isinstance(piece.label, Numeral) else piece.label
-        for start, stop in zip(starts, stops, strict=True):
-            if start < stop and (rest := _REST.search(text, start, stop)) is not None:
-                yield self._piece(text, Finding(*rest.span(), label), {})
 
     def _normal(self, span: str, label: Label) -> str:
         """Returns the form of a span for which its replacement is drawn: one form for all of its cases.
@@ -322,16 +214,10 @@ class Sanitiser:
             own = text[piece.start : piece.stop]
             sent = cased_like(remembered.text, own) if isinstance(piece.label, Kind) else remembered.text
             parts += [text[place : piece.start], sent]
-            if piece.label is not Format.KEY or not self._ordinary(own):  # put back it would not be found again
+            if piece.label is not Format.KEY or not self._known.ordinary(own):  # put back it would not be found again
                 swaps.append(Swap(sent, own, piece.label))
             place = piece.stop
         return "".join([*parts, text[place:]]), swaps
-
-
-def _words_between(text: str, pieces: Sequence[Piece]) -> set[str]:
-    """Returns the words of what no piece covers."""
-    starts, stops = [0, *[piece.stop for piece in pieces]], [*[piece.start for piece in pieces], len(text)]
-    return set(words_of("\0".join([text[start:stop] for start, stop in zip(starts, stops, strict=True)])))
 
 
 def _split(text: str, finding: Finding) -> list[Finding]:
