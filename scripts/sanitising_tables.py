@@ -32,7 +32,8 @@ def sanitising_speed() -> str:
     record = read("sanitize-speed")
     if record is None:
         return "No record yet: run `cloister bench sanitize-speed`."
-    return f"{table(record['rows'])}\n\nMedians in milliseconds, of the whole the 10th and 95th percentile too. {measured_on(record)}."
+    said = "Medians in milliseconds, of the whole the 10th and 95th percentile too."
+    return f"{table(record['rows'])}\n\n{said} {measured_on(record)}."
 
 
 def sanitising() -> str:

@@ -79,6 +79,17 @@ def test_chunks_make_no_difference(parts: list[str], data: st.DataObject) -> Non
         assert streamed[place.start : place.stop].casefold() in {own.casefold() for own in by_sent.values()} | {"45200"}
 
 
+@pytest.mark.parametrize(
+    "chunks",
+    [["81,300.81", ",300 Maria"], ["81,300.81", ",300Maria"], ["Sea Isle Ci", "ty"], ["Sea Isle Cit", "y Hall"]],
+)
+def test_what_follows_decides_wherever_a_chunk_ends(chunks: list[str]) -> None:
+    """A number that goes on after a point is another one; of places that overlap the first is taken."""
+    swaps = [*SWAPS, Swap("Sea Isle", "Bonn", Kind.CITY), Swap("Isle City Hall", "Ulm", Kind.CITY)]
+    restorer = Restorer(ReverseMap(swaps))
+    assert "".join(map(restorer.push, chunks)) + restorer.flush() == restore("".join(chunks), ReverseMap(swaps))
+
+
 def test_text_without_replacements_is_not_held_back() -> None:
     restorer = Restorer(ReverseMap(SWAPS))
     assert [restorer.push(piece) for piece in ("Hello ", "wor", "ld ", "Ma", "ybe ")] == [

@@ -138,12 +138,18 @@ class Restorer:
         return len(held)
 
     def _release(self, stop: int) -> str:
-        context = self._before
-        text = context + self._held[:stop]
+        """Passes on the first `stop` held characters, and the rest of a replacement that begins in them."""
+        if not stop:
+            return ""
+        text = self._before + self._held  # all of it: what comes after a replacement may say that it is none
         pieces: list[str] = []
-        place = len(context)
+        place = len(self._before)
+        end = place + stop
         length = self._length
         for match in self._reverse.matches(text, place):
+            if match.start() >= end:
+                break
+            end = max(end, match.end(1))
             found = self._reverse.own(match)
             if found is None:
                 continue
@@ -154,10 +160,10 @@ class Restorer:
             pieces.append(own)
             length += len(own)
             place = match.end(1)
-        pieces.append(text[place:])
-        self._length = length + len(text) - place
-        self._held = self._held[stop:]
-        self._before = text[-1:]
+        pieces.append(text[place:end])
+        self._length = length + end - place
+        self._held = text[end:]
+        self._before = text[end - 1]
         return "".join(pieces)
 
 
