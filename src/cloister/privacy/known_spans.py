@@ -15,9 +15,9 @@ from itertools import chain
 from cloister.privacy.labels import Finding, Format, Label, Numeral
 from cloister.privacy.mechanism import Kind, Sampler, Span
 from cloister.privacy.memo import Memo
-from cloister.privacy.words import INSTRUCTION_WORDS, POSSESSIVE, WORD, is_stop_word, words_of
+from cloister.privacy.words import ENDING, INSTRUCTION_WORDS, POSSESSIVE, WORD, is_stop_word, words_of
 
-_ENDED = re.compile(r"(?:['’]s|['’]|s['’]|s|es)?(?!\w)")
+_ENDED = re.compile(ENDING + r"(?!\w)")
 """Where a word ends, or what English hangs on one: what restoring leaves there (`privacy.restore`)."""
 _REST = re.compile(r"\w(?:.*\w)?", re.DOTALL)
 

@@ -16,9 +16,8 @@ from typing import Final
 
 from cloister.privacy.labels import Label, Numeral
 from cloister.privacy.mechanism import Kind
+from cloister.privacy.words import ENDING
 
-_ENDING: Final = r"(?:['’]s|['’]|s['’]|s|es)?"
-"""What English hangs on a name."""
 _LONGEST_ENDING: Final = 2
 _BLANKS: Final = re.compile(r"\s+")
 
@@ -184,7 +183,7 @@ def _bounded(sent: str) -> str:
     body = r"\s+".join(re.escape(part) for part in sent.split(" "))
     before = r"(?<!\w)" if sent[0].isalnum() else ""
     if sent[-1].isalpha():
-        return f"{before}{body}(?={_ENDING}(?!\\w))"
+        return f"{before}{body}(?={ENDING}(?!\\w))"
     return f"{before}{body}" + (r"(?!\w|[.,]\d)" if sent[-1].isdigit() else "")
 
 

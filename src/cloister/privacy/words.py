@@ -53,6 +53,9 @@ _ASCII_WORD: Final = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*")
 
 POSSESSIVE: Final = re.compile(r"['’]s$", re.IGNORECASE)
 
+ENDING: Final = r"(?:['’]s|['’]|s['’]|s|es)?"
+"""What English hangs on a name."""
+
 _INVISIBLE: Final = frozenset({"Cf", "Cs", "Co"})
 _KEPT: Final = frozenset("\t\n\r")
 
