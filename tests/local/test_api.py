@@ -131,9 +131,11 @@ def test_a_prompt_longer_than_the_context_is_refused(llm: LLM) -> None:
 
 
 def test_a_context_longer_than_the_model_s_is_refused() -> None:
+    said: list[Event | Progress] = []
     with pytest.raises(SettingsError, match="513 tokens is longer than the 512") as refused:
-        cloister.load(demo_model(), Settings(cache=CacheSettings(max_context=513)))
+        LLM(demo_model(), Settings(cache=CacheSettings(max_context=513)), listener=said.append)  # type: ignore[arg-type]
     assert "512 or less" in refused.value.remedy
+    assert not said  # no weight was read for it
 
 
 def test_messages_without_role_and_content_are_refused(llm: LLM) -> None:

@@ -31,7 +31,7 @@ from cloister.enclave.session import Session, failure, report
 from cloister.errors import AcceleratorError, CloisterError, WireError
 from cloister.isolation.launch import inherited
 from cloister.local.accelerators import open_accelerators
-from cloister.local.assembly import assemble, outside, register, release
+from cloister.local.assembly import assemble, context_tokens, outside, register, release
 from cloister.local.connections import Connections
 from cloister.local.opening import open_asked
 from cloister.local.owner import Owner, stand_in, tee
@@ -118,6 +118,7 @@ class EnclaveProcess:
         attester = self._attester(measurement) if self._serving is not None else None
         directory, adapters, settings = opened.directory, opened.adapters, opened.settings
         spec = directory.spec
+        context_tokens(spec, settings)  # one that is too long is refused before anything is timed or read
         rank = max((rank for adapter in adapters for rank in adapter.ranks.values()), default=0)
         plan = chosen_plan(spec, settings, rank, partial(self._progress, "calibrating", "steps"), self._start)
         opened.check_kept(plan.secret_groups if isinstance(plan, Plan) else ())
