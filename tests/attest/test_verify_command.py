@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -216,6 +218,24 @@ def test_a_redirection_is_not_followed(run: Run, installation: Installation, tru
     ):
         assert "302" in run("verify", host, *trusting, code=1).stderr
     assert asked == []
+
+
+def test_a_web_server_without_evidence_is_asked_once(run: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+
+        def answer() -> bytes:
+            asker, _ = listener.accept()
+            with asker:
+                asked = asker.recv(4096)
+                asker.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            return asked
+
+        asked = pool.submit(answer)
+        assert "404" in run("verify", f"127.0.0.1:{listener.getsockname()[1]}", code=1).stderr
+        assert asked.result(30).startswith(b"GET /v1/attestation?nonce=")
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nothing comes over the sealed channel after it
+            listener.accept()
 
 
 def test_addresses() -> None:

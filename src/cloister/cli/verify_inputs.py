@@ -69,10 +69,8 @@ def _host(target: str, nonce: bytes) -> Question:
         return _sealed(target.removeprefix(CLOISTER).rstrip("/"), nonce)
     try:
         document = ask(target, nonce)
-    except NoEvidenceError:
-        raise
-    except AttestationError:
-        if "://" in target:
+    except AttestationError as error:
+        if isinstance(error, NoEvidenceError) or "://" in target:
             raise
         try:
             return _sealed(target, nonce)
