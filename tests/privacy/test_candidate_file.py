@@ -187,6 +187,14 @@ def test_the_command_builds_and_shows_a_file(tinystories_656k: Path, tmp_path: P
     assert min(kind["smallest"] for kind in facts["kinds"].values()) >= 16
 
 
+def test_names_in_brackets_are_shown_as_they_are(candidates: Candidates, tmp_path: Path) -> None:
+    path = tmp_path / "[v1].candidates"
+    candidate_file.write(candidates, path)
+    shown = cloister("show", str(path), "--word", "[red]").stdout
+    assert str(path) in shown
+    assert "[red]: in no class" in shown
+
+
 @pytest.mark.parametrize("options", [["--epsilon", "0"], ["--epsilon", "x"], ["--members", "1"]])
 def test_a_bad_option_is_refused_before_any_work(options: list[str], tmp_path: Path) -> None:
     error = cloister("build", str(tmp_path), *options, code=1).stderr
