@@ -1,5 +1,6 @@
 """The command line as a person and as a script use it."""
 
+import itertools
 import json
 import os
 import pty
@@ -277,10 +278,17 @@ def test_nothing_is_compiled_twice(tmp_path: Path) -> None:
     assert compiled() == first
 
 
-@pytest.mark.parametrize("order", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("server", ["accelerator", "broker"])
+@pytest.mark.parametrize(
+    ("server", "order"),
+    [
+        *itertools.product(["accelerator", "broker"], [signal.SIGINT, signal.SIGTERM]),
+        ("split-server", signal.SIGTERM),
+    ],
+)
 def test_what_serves_ends_cleanly_when_told(server: str, order: signal.Signals, tmp_path: Path) -> None:
-    command = ["accelerator", "--listen", "127.0.0.1:0"]
+    command = [server, "--listen", "127.0.0.1:0"]
+    if server == "split-server":
+        command = [server, DEMO, "--allow-tied", "--port", "0"]
     if server == "broker":
         owner = ["--broker", str(tmp_path / "owner")]
         run("broker", "init", *owner)
@@ -289,6 +297,8 @@ def test_what_serves_ends_cleanly_when_told(server: str, order: signal.Signals, 
         assert process.stderr is not None
         try:
             assert "127.0.0.1:" in process.stderr.readline()
+            if server == "split-server":
+                assert "the table is no secret here" in process.stderr.readline()
             process.send_signal(order)
             assert process.wait(30) == 0
         finally:
